@@ -1,0 +1,96 @@
+"""Attention: the public function, its argument checks and the static choice of a backend."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from maxstack.kernels import Unsupported
+from maxstack.kernels.attention import reference, xla
+from maxstack.kernels.attention.blocks import Blocks
+from maxstack.kernels.attention.layout import lay_out
+from maxstack.kernels.attention.masks import Coordinates, Options
+
+Implementation = Literal["auto", "xla", "reference", "mosaic_gpu", "mosaic_tpu"]
+Ids = Int[Array, "b t"] | tuple[Int[Array, "b t"], Int[Array, "b s"]]
+
+
+def attention(
+    q_btnh: Float[Array, "b t n h"],
+    k_bskh: Float[Array, "b s k h"],
+    v_bskw: Float[Array, "b s k w"],
+    *,
+    segment_ids: Ids | None = None,
+    positions: Ids | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, "n"] | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: Implementation = "auto",
+    config: Blocks | None = None,
+) -> Float[Array, "b t n w"] | tuple[Float[Array, "b t n w"], Float[Array, "b t n"]]:
+    """Softmax attention; `n // k` query heads share each kv head, without a repeated copy of it.
+
+    A query sees a key iff they have the same segment and it is not 0 (padding), and, if `causal`,
+    `kv_position <= q_position`, and, with a `window`, `q_position - kv_position < window`. Positions are indices
+    unless given. For packed rows leave them out: within a segment indices have the same order, and are known
+    early enough to skip blocks. `scale` is `h**-0.5` unless given; `softcap` c makes logits `c·tanh(logits/c)`;
+    `sinks` are one more logit a head that takes weight and gives no value. `config` sizes the blocks of "xla".
+
+    Returns the output in the dtype of the queries and, with `return_lse`, the log-sum-exp of the logits (sink
+    included) in float32, differentiable too. A query that sees no key gets output 0, lse -inf (or its sink) and
+    gives no gradient. Matrix products take the input dtype and sum in float32; float64 stays float64.
+
+    On a mesh with explicit axes rows and heads may be cut; a cut sequence raises Unsupported. Raises ValueError
+    for shapes that disagree, TypeError for dtypes, Unsupported for a backend that cannot serve the call.
+    """
+    if implementation in ("mosaic_gpu", "mosaic_tpu"):
+        raise Unsupported(f"attention: {implementation!r} is not built yet; use 'xla' (or 'auto')")
+    if implementation not in ("auto", "xla", "reference"):
+        raise ValueError(f"attention: unknown implementation {implementation!r}; known: auto, xla, reference")
+    _check(q_btnh, k_bskh, v_bskw, sinks, window)
+    at = Coordinates(*_pair("segment_ids", segment_ids, q_btnh, k_bskh), *_pair("positions", positions, q_btnh, k_bskh))
+    scale = q_btnh.shape[-1] ** -0.5 if scale is None else scale
+    options = Options(causal=causal, window=window, softcap=softcap, scale=scale)
+    if implementation == "reference":
+        out, lse = reference.attention(q_btnh, k_bskh, v_bskw, sinks, at, options)
+    else:
+        layout, k_bskh, v_bskw, sinks, at = lay_out(q_btnh, k_bskh, v_bskw, sinks, at)
+        out, lse = xla.attention(options, config or Blocks(), layout, q_btnh, k_bskh, v_bskw, sinks, at)
+    return (out, lse) if return_lse else out
+
+
+def _pair(name: str, ids: Ids | None, q, k):
+    """(of the queries, of the keys); checked."""
+    if ids is None:
+        return None, None
+    if not isinstance(ids, tuple):
+        if q.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"attention: {q.shape[1]} queries and {k.shape[1]} keys need {name} as a pair (of queries, of keys)"
+            )
+        ids = (ids, ids)
+    for part, rows, whose in zip(ids, (q, k), ("queries", "keys"), strict=True):
+        if part.shape != rows.shape[:2]:
+            raise ValueError(f"attention: {name} of the {whose} are {part.shape}, the {whose} {rows.shape}")
+        if not jnp.issubdtype(part.dtype, jnp.integer):
+            raise TypeError(f"attention: {name} must be integers, not {part.dtype}")
+    return ids
+
+
+def _check(q, k, v, sinks, window):
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if array.ndim != 4:
+            raise ValueError(f"attention: {name} must be [batch, position, heads, size], not {array.shape}")
+        if array.dtype != q.dtype:
+            raise TypeError(f"attention: q is {q.dtype} and {name} {array.dtype}; they must agree")
+    if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(f"attention: shapes disagree: q {q.shape}, k {k.shape}, v {v.shape}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"attention: query heads {q.shape[2]} must be a multiple of kv heads {k.shape[2]}")
+    if sinks is not None and sinks.shape != q.shape[2:3]:
+        raise ValueError(f"attention: sinks {sinks.shape} must have one number for each of {q.shape[2]} query heads")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window is {window} positions; it must be at least 1 (the query itself)")

@@ -1,0 +1,148 @@
+"""Attention in blocks, as XLA compiles it: the weights of all pairs are never held at once.
+
+Forward and backward follow FlashAttention-2 (Dao 2023, arXiv:2307.08691): the backward pass makes the weights
+again from the kept log-sum-exp. One step serves some pairs (batch row, kv head) with all `g` query heads of each,
+as many as keep its logits inside a processor's caches; a call that fits whole (short, or decoding) is one step
+without a loop. Inside of a step:
+
+- few query blocks: each is unrolled, with the static range of keys that indices allow, in one piece;
+- many: loops over query blocks and over the key blocks that are visible by the bounds of positions and segments.
+
+On a mesh the local programs run under `jax.shard_map`; the custom derivative stands outside of it, so that no sum
+over devices is added by differentiation.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from maxstack.kernels.attention import looped, tile, unrolled
+from maxstack.kernels.attention.blocks import Blocks, pairs_a_step
+from maxstack.kernels.attention.layout import Layout
+from maxstack.kernels.attention.masks import Coordinates, Options
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def attention(
+    options: Options,
+    blocks: Blocks,
+    layout: Layout | None,
+    q_btnh: Float[Array, "b t n h"],
+    k_bskh: Float[Array, "b s k h"],
+    v_bskw: Float[Array, "b s k w"],
+    sinks_n: Float[Array, "n"] | None,
+    at: Coordinates,
+) -> tuple[Float[Array, "b t n w"], Float[Array, "b t n"]]:
+    """Output in the dtype of the queries, log-sum-exp of the logits (sink included) in float32 or wider."""
+    run = partial(_forward, options, blocks)
+    if layout is not None:
+        arrays = (layout.heads, layout.heads, layout.heads, _sinks(layout, sinks_n), layout.coordinates(at))
+        run = layout.run(run, arrays, (layout.heads, layout.lse))
+    return run(q_btnh, k_bskh, v_bskw, sinks_n, at)
+
+
+def _attention_fwd(options, blocks, layout, q_btnh, k_bskh, v_bskw, sinks_n, at):
+    out, lse = attention(options, blocks, layout, q_btnh, k_bskh, v_bskw, sinks_n, at)
+    # The names let a rematerialisation policy keep these two, so that a backward pass runs no forward again.
+    out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
+    return (out, lse), (q_btnh, k_bskh, v_bskw, sinks_n, at, out, lse)
+
+
+def _attention_bwd(options, blocks, layout, kept, cotangents):
+    sinks_n, at = kept[3:5]
+    run = partial(_backward, options, blocks, layout)
+    if layout is not None:
+        heads, lse, sinks = layout.heads, layout.lse, _sinks(layout, sinks_n)
+        arrays = (heads, heads, heads, sinks, layout.coordinates(at), heads, lse, heads, lse)
+        run = layout.run(run, arrays, (heads, heads, heads, sinks))
+    return (*run(*kept, *cotangents), None)
+
+
+attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _sinks(layout, sinks_n):
+    return None if sinks_n is None else layout.sinks
+
+
+# What follows sees local arrays only.
+
+
+def _forward(options, blocks, q_btnh, k_bskh, v_bskw, sinks_n, at):
+    b, t, n, _ = q_btnh.shape
+    s, k, w = v_bskw.shape[1:]
+    drive = _drive(t, s, blocks)
+    q, kk, v = _pairs_q(q_btnh, k), _pairs_kv(k_bskh), _pairs_kv(v_bskw)
+    top, total, out = _in_steps(
+        lambda q, kk, v, at: drive.forward(q, kk, v, at, options, blocks), blocks, (q, kk, v, _pairs_at(at, k)), q, s
+    )
+    lse = jnp.where(total == 0, -jnp.inf, tile.finite(top) + jnp.log(total))
+    if sinks_n is not None:
+        lse = jnp.logaddexp(lse, jnp.tile(sinks_n.astype(lse.dtype).reshape(k, n // k, 1), (b, 1, 1)))
+    out = out * jnp.where(lse == -jnp.inf, 0, jnp.exp(tile.finite(top) - lse))[..., None]
+    return _unpaired(out.astype(q_btnh.dtype), b), _unpaired(lse[..., None], b)[..., 0]
+
+
+def _backward(options, blocks, layout, q_btnh, k_bskh, v_bskw, sinks_n, at, out, lse, dout, dlse):
+    b, t, n, h = q_btnh.shape
+    s, k = k_bskh.shape[1:3]
+    drive = _drive(t, s, blocks)
+    delta = jnp.sum(dout.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - dlse
+    dsinks = None
+    if sinks_n is not None:
+        dsinks = -jnp.sum(jnp.exp(sinks_n.astype(lse.dtype) - lse) * delta, axis=(0, 1))
+        if layout is not None and layout.batch:
+            dsinks = jax.lax.psum(dsinks, layout.batch)
+        dsinks = dsinks.astype(sinks_n.dtype)
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # the weights of a query that saw nothing: exp(-inf) = 0
+    q, kk, v = _pairs_q(q_btnh, k), _pairs_kv(k_bskh), _pairs_kv(v_bskw)
+    arrays = (q, kk, jnp.swapaxes(kk, 1, 2), v, _pairs_q(dout.astype(q.dtype), k))
+    arrays = (*arrays, _pairs_q(lse[..., None], k)[..., 0], _pairs_q(delta[..., None], k)[..., 0], _pairs_at(at, k))
+    dq, dk, dv = _in_steps(lambda *a: drive.backward(*a, options, blocks), blocks, arrays, q, s)
+    # dq comes transposed: inside of the steps XLA would fold the transpose into the product that made it.
+    dq = jnp.moveaxis(dq.reshape(b, k, h, n // k, t), 4, 1)
+    dq = jnp.swapaxes(dq, 3, 4).reshape(b, t, n, h)
+    dk, dv = (jnp.swapaxes(g.reshape(b, k, *g.shape[1:]), 1, 2) for g in (dk, dv))
+    return dq.astype(q_btnh.dtype), dk.astype(k_bskh.dtype), dv.astype(v_bskw.dtype), dsinks
+
+
+def _drive(t: int, s: int, blocks: Blocks):
+    """Which driver of tiles serves this length; long ranges of keys are looped over whatever the queries."""
+    few = -(-t // blocks.query) <= blocks.unrolled and s <= blocks.unrolled * blocks.key
+    return unrolled if few else looped
+
+
+def _in_steps(step, blocks: Blocks, arrays, q_rgth, s: int):
+    """`step(*arrays)` a few pairs at a time; every array has the pairs first."""
+    pairs, g, t, _ = q_rgth.shape
+    few_keys = min(s, blocks.unrolled * blocks.key)
+    size = pairs_a_step(pairs, 4 * g * min(t, blocks.query) * few_keys, blocks)
+    if size == pairs:
+        return step(*arrays)
+    cut = jax.tree.map(lambda a: a.reshape(pairs // size, size, *a.shape[1:]), arrays)
+    out = jax.lax.map(lambda a: step(*a), cut)
+    return jax.tree.map(lambda a: a.reshape(pairs, *a.shape[2:]), out)
+
+
+def _pairs_q(q_btnh, k: int):
+    """[b·k, g, t, h]: query heads beside the kv head that they share."""
+    b, t, n, h = q_btnh.shape
+    return jnp.moveaxis(q_btnh.reshape(b, t, k, n // k, h), 1, 3).reshape(b * k, n // k, t, h)
+
+
+def _pairs_kv(k_bskh):
+    b, s, k, h = k_bskh.shape
+    return jnp.swapaxes(k_bskh, 1, 2).reshape(b * k, s, h)
+
+
+def _pairs_at(at: Coordinates, k: int) -> Coordinates:
+    return Coordinates(*(None if c is None else jnp.repeat(c, k, axis=0) for c in at))
+
+
+def _unpaired(x_rgth, b: int):
+    """[b, t, n, h] of what `_pairs_q` made."""
+    r, g, t, h = x_rgth.shape
+    return jnp.moveaxis(x_rgth.reshape(b, r // b, g, t, h), 3, 1).reshape(b, t, r // b * g, h)

@@ -1,0 +1,34 @@
+"""How an array lies on a mesh with explicit axes, read from its type; nothing here moves data."""
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+from jaxtyping import Array
+
+DimAxes = tuple[str, ...]
+"""Mesh axes one dimension is cut along, slowest first; () is whole."""
+
+
+def explicit_mesh(*arrays: Array) -> AbstractMesh | None:
+    """The mesh of the first array that lies on one with explicit axes; None when plain jnp is enough.
+
+    None too inside `jax.shard_map`, where arrays are already local.
+    """
+    for array in arrays:
+        mesh = jax.typeof(array).sharding.mesh
+        if mesh.empty:
+            continue
+        if AxisType.Explicit in mesh.axis_types and AxisType.Manual not in mesh.axis_types:
+            return mesh
+    return None
+
+
+def dim_axes(array: Array) -> tuple[DimAxes, ...]:
+    """Mesh axes of each dimension of `array`."""
+    spec = jax.typeof(array).sharding.spec
+    entries = tuple(spec) + (None,) * (array.ndim - len(spec))
+    return tuple(() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in entries)
+
+
+def spec(*dims: DimAxes) -> jax.P:
+    """PartitionSpec with these axes a dimension, written as `jax.typeof` writes them."""
+    return jax.P(*(None if not axes else axes[0] if len(axes) == 1 else axes for axes in dims))

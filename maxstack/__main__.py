@@ -1,0 +1,7 @@
+"""`python -m maxstack` is the command `maxstack`."""
+
+import sys
+
+from maxstack.cli import main
+
+sys.exit(main())

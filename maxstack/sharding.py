@@ -1,0 +1,213 @@
+"""Where every array lives: mesh axes, the one table from logical to mesh axes, and how weights are gathered.
+
+Weights are born with *logical* axes (`("embed", "heads", "head_dim")`); only this file knows which mesh
+axis each of them is cut along. Meshes have explicit axes: an array's sharding is part of its type, so a
+layout that cannot work is refused while tracing. Without a mesh every function here is the identity.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from maxstack.config import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor", "expert", "context", "stage")
+BATCH_AXES = ("data", "fsdp")
+
+Kind = Literal["parameters", "gradients", "optimizer", "compute"]
+MeshAxes = str | tuple[str, ...] | None
+
+# Logical axis -> mesh axes for weights kept whole over `fsdp`; SHARDED_OVER_FSDP adds the `fsdp` cut.
+WEIGHT_RULES: Mapping[str, MeshAxes] = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": None,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "expert": None,
+    "q_lora": None,
+    "kv_lora": None,
+    "norm": None,
+}
+SHARDED_OVER_FSDP = "embed"
+
+ACTIVATION_RULES: Mapping[str, MeshAxes] = {
+    "batch": BATCH_AXES,
+    "sequence": None,
+    "embed": None,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "expert": None,
+    "q_lora": None,
+    "kv_lora": None,
+}
+
+# From which ZeRO stage on an array kind is cut over `fsdp` (Rajbhandari et al. 2020, arXiv:1910.02054).
+ZERO_STAGE = {"parameters": 3, "gradients": 2, "optimizer": 1}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices each mesh axis spans. At most one size may be -1: it takes the devices left over."""
+
+    data: int = 1
+    """Replicas of the model, each with its own part of the batch (devices); across slices or slow links."""
+    fsdp: int = -1
+    """Devices that share one replica's weights and optimizer state, each with its own part of the batch."""
+    tensor: int = 1
+    """Devices that share each matrix product (heads, feed-forward columns, vocabulary)."""
+    expert: int = 1
+    """Devices that share the experts of a mixture of experts. Only 1 for now."""
+    context: int = 1
+    """Devices that share each sequence. Only 1 for now."""
+    stage: int = 1
+    """Devices that share the layers as a pipeline. Only 1 for now."""
+    zero: Literal[0, 1, 2, 3] = 3
+    """What is cut over `fsdp`: 1 optimizer state, 2 and gradients, 3 and parameters, 0 nothing (stage)."""
+
+    def sizes(self, device_count: int) -> tuple[int, ...]:
+        """Size of each of MESH_AXES on `device_count` devices. Raises UserError when they do not multiply out."""
+        sizes = [getattr(self, axis) for axis in MESH_AXES]
+        described = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+            raise UserError(
+                f"mesh {described}: sizes are positive, and at most one of them -1 (what is left)"
+            )
+        for axis in ("expert", "context", "stage"):
+            if getattr(self, axis) not in (1, -1):
+                raise UserError(
+                    f"mesh.{axis} is {getattr(self, axis)}: sharding over {axis} is not built yet, use 1"
+                )
+        known = math.prod(size for size in sizes if size != -1)
+        if (-1 not in sizes and known != device_count) or device_count % known:
+            raise UserError(
+                f"mesh {described} takes {known} devices"
+                f"{' or a multiple' if -1 in sizes else ''}, but there are {device_count}: "
+                "change the --mesh.* sizes so that their product is the device count"
+            )
+        return tuple(device_count // known if size == -1 else size for size in sizes)
+
+
+def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh with explicit axes MESH_AXES over `devices` (default: all). Raises UserError when sizes do not fit."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = config.sizes(len(devices))
+    kinds = (jax.sharding.AxisType.Explicit,) * len(MESH_AXES)
+    if devices[0].platform == "cpu":  # no topology to optimise for; keeps the order of processes
+        return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=kinds)
+    return jax.make_mesh(sizes, MESH_AXES, kinds, devices=devices)
+
+
+def weight_spec(axes: tuple[str, ...], kind: Kind, zero: int) -> PartitionSpec:
+    """Mesh axes of a weight-shaped array with logical `axes`, as a parameter, gradient, state or operand."""
+    cut = kind != "compute" and zero >= ZERO_STAGE[kind]
+    rules = {**WEIGHT_RULES, SHARDED_OVER_FSDP: "fsdp"} if cut else WEIGHT_RULES
+    return PartitionSpec(*(rules[axis] for axis in axes))
+
+
+def present(mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> PartitionSpec:
+    """`spec` without the mesh axes of size 1, so that on one device no type mentions a mesh axis."""
+
+    def kept(axes: MeshAxes) -> MeshAxes:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        large = tuple(name for name in names if mesh.shape[name] > 1)
+        if not large:
+            return None
+        return large if len(large) > 1 else large[0]
+
+    return PartitionSpec(*(kept(axes) for axes in spec))
+
+
+def weight_shardings(
+    mesh: Mesh, axes: Mapping[str, tuple[str, ...]], kind: Kind, zero: int
+) -> dict[str, NamedSharding]:
+    """A sharding for each named weight, for one of the kinds of array that have a weight's shape."""
+    return {
+        name: NamedSharding(mesh, present(mesh, weight_spec(ax, kind, zero))) for name, ax in axes.items()
+    }
+
+
+def check_divides(shapes: Mapping[str, tuple[int, ...]], shardings: Mapping[str, NamedSharding]) -> None:
+    """Raise UserError naming the first array whose dimension does not divide by its mesh axes, with the numbers."""
+    for name, sharding in shardings.items():
+        for size, mesh_axes in zip(shapes[name], sharding.spec, strict=False):
+            names = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
+            parts = math.prod(sharding.mesh.shape[axis] for axis in names)
+            if size % parts:
+                raise UserError(
+                    f"{name} {shapes[name]}: {size} does not divide by mesh {'x'.join(names)} = {parts}; "
+                    f"change the model size or --mesh.{names[0]}"
+                )
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh set by `jax.set_mesh`, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def activation_spec(*axes: str | None) -> PartitionSpec | None:
+    """Spec of an activation with logical `axes`, or None without a mesh: fits any `out_sharding` argument."""
+    mesh = current_mesh()
+    if mesh is None:
+        return None
+    return present(mesh, PartitionSpec(*(ACTIVATION_RULES[axis] if axis else None for axis in axes)))
+
+
+def on_one_device() -> bool:
+    """Whether the program being traced runs on a single device."""
+    mesh = current_mesh()
+    return mesh is None or mesh.size == 1
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` moved to the sharding of an activation with logical `axes`."""
+    spec = activation_spec(*axes)
+    return x if spec is None else jax.reshard(x, spec)
+
+
+def gather(weight: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype) -> jax.Array:
+    """A weight as an operand: cast first, so that half the bytes travel, then gathered over `fsdp`."""
+    weight, mesh = weight.astype(dtype), current_mesh()
+    if mesh is None:
+        return weight
+    return jax.reshard(weight, present(mesh, weight_spec(axes, "compute", 0)))
+
+
+def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
+    """Sharding of host batches [*leading, b, t]."""
+    return NamedSharding(mesh, present(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES, None)))
+
+
+def global_array(sharding: NamedSharding, local: np.ndarray, global_shape: tuple[int, ...]) -> jax.Array:
+    """A global array from the rows this process holds (`local_rows` says which)."""
+    return jax.make_array_from_process_local_data(sharding, local, global_shape)
+
+
+def local_rows(mesh: Mesh, batch_rows: int) -> slice:
+    """Rows of a global batch that this process feeds. Raises UserError when rows do not divide over devices."""
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_rows % parts:
+        raise UserError(
+            f"batch of {batch_rows} rows does not divide over data x fsdp = {parts} devices; "
+            f"make the micro-batch a multiple of {parts}"
+        )
+    index = NamedSharding(mesh, PartitionSpec(BATCH_AXES)).addressable_devices_indices_map((batch_rows,))
+    bounds = [part[0].indices(batch_rows)[:2] for part in index.values() if part is not None]
+    start, stop = min(low for low, _ in bounds), max(high for _, high in bounds)
+    if len({low for low, _ in bounds}) * (batch_rows // parts) != stop - start:
+        raise UserError(
+            "this process's devices hold rows that are not contiguous: order mesh devices by process"
+        )
+    return slice(start, stop)

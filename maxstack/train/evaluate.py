@@ -1,0 +1,51 @@
+"""Held-out loss and bits per byte, for each source."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from maxstack import sharding
+from maxstack.data.batch import Batch
+from maxstack.data.held_out import HeldOut
+from maxstack.models import tree
+from maxstack.train.losses import pretrain
+from maxstack.train.state import Arrays, Layout
+
+
+class HeldOutLoss(NamedTuple):
+    """What a source's held-out text costs the model."""
+
+    nll: float
+    """Nats a token."""
+    bits_per_byte: float
+    """Bits a byte of text, the tokens that end documents included."""
+
+
+def evaluation_step(plan: Layout) -> Callable[[Arrays, Arrays, Batch], tuple[jax.Array, jax.Array]]:
+    """A compiled function: sum of nats and number of tokens of a batch [b, t]."""
+
+    def sums(params: Arrays, buffers: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        model = tree.rebuild(plan.model, {**params, **buffers})
+        return pretrain(model, batch, 0.0).nll, jnp.sum(batch.weights)
+
+    return jax.jit(sums, out_shardings=plan.replicated)
+
+
+def evaluate(
+    step: Callable[[Arrays, Arrays, Batch], tuple[jax.Array, jax.Array]], plan: Layout, params: Arrays,
+    buffers: Arrays, rows: HeldOut,
+) -> HeldOutLoss:  # fmt: skip
+    """The mean over all held-out rows of a source."""
+    where = sharding.batch_sharding(plan.mesh)
+    sums = []
+    with jax.set_mesh(plan.mesh):
+        for local in rows:
+            shape = (rows.batch_rows, rows.seq_len)
+            sums.append(
+                step(params, buffers, Batch(*(sharding.global_array(where, a, shape) for a in local)))
+            )
+    nll, tokens = (math.fsum(float(value) for value in column) for column in zip(*sums, strict=True))
+    return HeldOutLoss(nll / tokens, nll / math.log(2) / rows.bytes)

@@ -1,0 +1,260 @@
+"""A run in progress: what the loop's verbs do."""
+
+import collections
+import dataclasses
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+
+from maxstack import checkpoint, sharding
+from maxstack.checkpoint import Checkpoints
+from maxstack.config import RunError, UserError, log_faults_in, to_dict, write_run
+from maxstack.data.batch import Batch
+from maxstack.data.loader import Loader
+from maxstack.data.prepare import PreparedData, prepare
+from maxstack.data.progress import shown
+from maxstack.models.account import account
+from maxstack.telemetry import Goodput, Profiler
+from maxstack.train import state as states
+from maxstack.train.evaluate import evaluate, evaluation_step
+from maxstack.train.losses import pretrain
+from maxstack.train.record import Recorder
+from maxstack.train.run import RunConfig, check_vocabulary
+from maxstack.train.sample import sample_texts
+from maxstack.train.state import TrainState
+from maxstack.train.step import Metrics, abstract_batch, compiled, train_step
+
+log = logging.getLogger(__name__)
+
+# Finished steps kept to show what led to a stop.
+HISTORY = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    out: Path
+    step: int
+    """Steps done."""
+    loss: float | None
+    """Loss of the last recorded step."""
+    stopped_by: str | None
+    """The signal that ended the run before its last step."""
+
+
+class Session:
+    """Everything open during a run. `state` is the only thing a step changes."""
+
+    def __init__(self, run: RunConfig, devices: Sequence[jax.Device] | None = None):
+        self.run, self.out, self._devices = run, Path(run.out), devices
+        self._closing = ExitStack()
+        self.history: collections.deque[dict[str, Any]] = collections.deque(maxlen=HISTORY)
+        self._late: tuple[int, Metrics, float] | None = None
+        self._waited = 0.0
+        self._held_out: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            self._open()
+        except BaseException:
+            self._closing.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.__exit__(kind, error, trace)
+
+    def _open(self) -> None:
+        run, goodput = self.run, Goodput(self.out / "goodput.json")
+        log_faults_in(self.out)
+        self.mesh = sharding.build_mesh(run.mesh, self._devices)
+        self._micro_rows = run.batch_rows // run.micro_batches
+        self._local = sharding.local_rows(self.mesh, self._micro_rows)
+        self.plan = states.layout(run.model, run.optim, self.mesh, zero=run.mesh.zero, steps=run.steps)
+        with shown() as report:
+            self.prepared: PreparedData = prepare(run.data, report)
+        check_vocabulary(run, self.prepared.tokenizer.vocab_size)
+        self.checkpoints = self._closing.enter_context(Checkpoints(self.out / "checkpoints", run.checkpoint))
+        self.loader = self._loader()
+        self._closing.callback(lambda: self.loader.close())
+        self.state, self.step = self._resumed_or_fresh()
+        self.loader.step = self.step
+        self._leave_word()
+        shapes = {name: leaf.shape for name, leaf in self.plan.shapes.items()}
+        costs = account(run.model, shapes, self.plan.axes, run.data.seq_len)
+        self.recorder = self._closing.enter_context(Recorder(run, costs, goodput, start=self.step))
+        self._profiler = self._closing.enter_context(Profiler(run.telemetry.profile, self.out / "profile"))
+        with goodput.measure("compile"):
+            step = train_step(self.plan, pretrain, run.optim, run.safety, run.z_loss, run.steps)
+            batch = abstract_batch(self.plan, run.micro_batches, self._micro_rows, run.data.seq_len)
+            self._advance = compiled(self.plan, step, batch, self.state)
+        self.recorder.pause()
+        self._evaluation = evaluation_step(self.plan)
+
+    def _loader(self) -> Loader:
+        # Row g of a step is row g // micro_batches of micro-batch g % micro_batches: a process's rows are contiguous.
+        n = self.run.micro_batches
+        rows = slice(self._local.start * n, self._local.stop * n)
+        return Loader(self.run.data, self.prepared, batch_rows=self.run.batch_rows, rows=rows)
+
+    def _resumed_or_fresh(self) -> tuple[TrainState, int]:
+        """The newest good checkpoint, or a new state when there is none."""
+        good = self.checkpoints.latest_good()
+        if good is None:
+            return states.create(self.plan, self.run.model, self.run.seed), 0
+        like = self.plan.abstract(self.run.model)
+        check_resumable(self.run, self.checkpoints.directory, good)
+        named, meta, _ = self.checkpoints.restore(good, states.as_named(like))
+        for difference in self.loader.check_state(meta["data"], allow_changes=self.run.allow_changes):
+            log.warning("resuming with other data: %s", difference)
+        log.info("resumed from step %d of %s", good, self.checkpoints.directory)
+        return states.from_named(named, like), good
+
+    def _leave_word(self) -> None:
+        """Write what makes the folder readable by itself: the resolved run and the tokenizer."""
+        if jax.process_index() == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_run(self.run, self.out / "run.py")
+            self.prepared.tokenizer.save(self.out / "tokenizer")
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches of the steps that are left, on their devices."""
+        n, rows = self.run.micro_batches, self._micro_rows
+        shape = (n, rows, self.run.data.seq_len)
+        where = sharding.batch_sharding(self.mesh, leading=1)
+        while self.step < self.run.steps:
+            start = time.perf_counter()
+            _, local = next(self.loader)
+            parts = (part.reshape(-1, n, part.shape[-1]).swapaxes(0, 1) for part in local)
+            batch = Batch(*(sharding.global_array(where, part, shape) for part in parts))
+            self._waited = time.perf_counter() - start
+            self.recorder.goodput.add("data", self._waited)
+            yield batch
+
+    def advance(self, batch: Batch) -> None:
+        """Start a step on the devices, then record the one before, whose results have come in the meantime."""
+        self._profiler.before(self.step + 1)
+        self.state, metrics = self._advance(self.state, batch)
+        self.step += 1
+        self._profiler.after(self.step, lambda: jax.block_until_ready(metrics))
+        self._record_late()
+        self._late = (self.step, metrics, self._waited)
+        self.checkpoints.check()
+
+    def _record_late(self) -> None:
+        if self._late is None:
+            return
+        step, metrics, waited = self._late
+        self._late = None
+        row = self.recorder.step(
+            step, {name: float(value) for name, value in jax.device_get(metrics).items()}, waited
+        )
+        self.history.append(row)
+        if row["skipped_in_a_row"] >= self.run.safety.skip_limit:
+            raise RunError(diverged(self.history, self.run.safety.skip_limit, self.checkpoints.latest_good()))
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps is due after this step; the last step has its own time."""
+        return every > 0 and self.step % every == 0 and self.step < self.run.steps
+
+    def evaluate(self, *, final: bool = False) -> None:
+        """Held-out loss and bits per byte of every source that holds text out."""
+        wanted = self.run.evaluation
+        self._record_late()
+        with self.recorder.goodput.measure("evaluate"):
+            settings = {
+                "max_bytes": wanted.final_max_bytes if final else wanted.max_bytes, "overlap": wanted.overlap
+            }  # fmt: skip
+            losses = {}
+            for name, source in self.prepared.sources.items():
+                if source.held_out.documents:
+                    rows = self.loader.held_out_rows(
+                        name, batch_rows=self._micro_rows, rows=self._local, **settings
+                    )
+                    losses[name] = evaluate(
+                        self._evaluation, self.plan, self.state.params, self.state.buffers, rows
+                    )
+        self.recorder.evaluation(self.step, losses)
+        self.recorder.pause()
+        self._held_out = {f"held_out.{name}": loss.nll for name, loss in losses.items()}
+
+    def sample(self) -> None:
+        """Let the model write."""
+        self._record_late()
+        with self.recorder.goodput.measure("sample"):
+            for prompt, text in sample_texts(self.run, self.plan, self.state, self.prepared.tokenizer):
+                self.recorder.sample(self.step, prompt, text)
+        self.recorder.pause()
+
+    def save(self, *, block: bool = False) -> None:
+        """Save everything the run needs to go on; in the background unless `block`."""
+        self._record_late()
+        meta = {
+            "run": to_dict(self.run), "model": to_dict(self.run.model), "data": self.loader.state(),
+            "tokenizer": self.prepared.tokenizer.fingerprint,
+        }  # fmt: skip
+        metrics = dict(self._held_out)
+        if self.history:
+            metrics["loss"] = self.history[-1]["loss"]
+        with self.recorder.goodput.measure("save"):
+            self.checkpoints.save(self.step, states.as_named(self.state), meta, metrics=metrics, block=block)
+
+    def finish(self) -> None:
+        """What is done once, after the last step."""
+        if self.run.evaluation.every >= 0:
+            self.evaluate(final=True)
+        if self.run.samples.every >= 0:
+            self.sample()
+        self.save(block=True)
+
+    def outcome(self, stopped_by: str | None = None) -> Outcome:
+        """How the run ended."""
+        self._record_late()
+        return Outcome(self.out, self.step, self.history[-1]["loss"] if self.history else None, stopped_by)
+
+
+def check_resumable(run: RunConfig, directory: Path, step: int) -> None:
+    """Raise UserError when a checkpoint holds another model than the run asks for, with the fields that differ."""
+    saved = checkpoint.read_meta(directory, step)["model"]
+    differing = sorted(differences(saved, to_dict(run.model)))
+    differing = [line for line in differing if not line.startswith(("dtype", "remat", "max_length"))]
+    if differing:
+        raise UserError(
+            f"{directory} step {step} holds another model than this run asks for: {'; '.join(differing[:6])}. "
+            "Give the run another --out, or the old model settings"
+        )
+
+
+def differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
+    """Where two plain trees differ, as "place: old -> new"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(key), new.get(key), f"{place}.{key}" if place else str(key))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (one, other) in enumerate(zip(old, new, strict=True)):
+            yield from differences(one, other, f"{place}.{index}")
+    elif old != new:
+        yield f"{place}: {old!r} -> {new!r}"
+
+
+def diverged(history: Iterable[dict[str, Any]], limit: int, good: int | None) -> str:
+    """What led to a stop, for a person."""
+    rows = "\n".join(
+        f"  step {row['step']}: loss {row['loss']:.4g}, gradient norm {row['gradient_norm']:.4g}, "
+        f"learning rate {row['learning_rate']:.3g}, skipped in a row {row['skipped_in_a_row']:.0f}"
+        for row in history
+    )
+    return (
+        f"{limit} updates in a row were skipped because loss or gradient norm was not finite or spiked:\n{rows}\n"
+        f"Newest good checkpoint: {'none' if good is None else f'step {good}'}. Lower --optim.peak-lr, lengthen the "
+        "warm-up, or raise --safety.spike-factor if the norm is only noisy"
+    )

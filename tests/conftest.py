@@ -1,0 +1,36 @@
+"""The environment of the whole test run, set before jax is imported: 8 simulated CPU devices, a compilation cache."""
+
+import hashlib
+import os
+import platform
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICES = 8
+
+
+def _cache_folder() -> Path:
+    """A cache of compiled programs for this kind of processor: code compiled for another one may not run here."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    name = hashlib.sha256(f"{platform.machine()} {features}".encode()).hexdigest()[:12]
+    return ROOT / ".cache" / "jax" / name
+
+
+def _prepare_environment() -> None:
+    if "jax" in sys.modules:
+        raise RuntimeError("jax was imported before tests/conftest.py could set the number of devices")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={DEVICES}".strip()
+    # JAX_PLATFORMS=cuda pytest … runs the same tests on a GPU.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+_prepare_environment()

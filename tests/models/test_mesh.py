@@ -1,0 +1,106 @@
+"""Any mesh gives the same logits, losses and gradients as one device, up to the order of float32 sums."""
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from maxstack import sharding
+from maxstack.kernels.cross_entropy import cross_entropy
+from maxstack.models import tree
+from maxstack.sharding import MeshConfig
+from tests.models.tiny import CONFIGS, QUICK, VOCAB, build
+
+ROWS, LENGTH = 8, 16
+MESHES = {
+    "data 8": MeshConfig(data=8, fsdp=1),
+    "fsdp 8": MeshConfig(fsdp=8),
+    "fsdp 4, tensor 2": MeshConfig(fsdp=4, tensor=2),
+    "data 2, fsdp 2, tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "data 4, fsdp 2, zero 1": MeshConfig(data=4, fsdp=2, zero=1),
+}
+CASES = [
+    *(("grouped", mesh) for mesh in MESHES),
+    ("window", "data 2, fsdp 2, tensor 2"),
+    ("latent", "data 2, fsdp 2, tensor 2"),
+    ("mixture", "fsdp 8"),
+    ("mixture", "data 2, fsdp 2, tensor 2"),
+]
+# Float32 sums over 128 tokens and up to 48 features, split up to 8 ways and so added in another order.
+LOSS_BOUND = 1e-6  # relative
+GRADIENT_BOUND = 2e-5  # of the largest entry of each array
+LOGITS_BOUND = 2e-5  # of logits of size 1
+
+Rows = dict[str, Any]
+
+
+def rows() -> Rows:
+    """Two documents a row and padding, at other places in each row; labels are the next tokens of the document."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32)
+    segments, positions = np.zeros_like(tokens), np.zeros_like(tokens)
+    for row in range(ROWS):
+        first, last = rng.integers(3, 8), rng.integers(9, LENGTH + 1)
+        at = np.arange(last)
+        segments[row, :last] = 1 + (at >= first)
+        positions[row, :last] = np.where(at < first, at, at - first)
+    weights = ((segments == np.roll(segments, -1, 1)) & (segments > 0)).astype(np.float32)
+    weights[:, -1] = 0.0
+    return {
+        "tokens": tokens, "segments": segments, "positions": positions, "labels": np.roll(tokens, -1, 1),
+        "weights": weights,
+    }  # fmt: skip
+
+
+def outcome(name: str, arrays: dict[str, Any], batch: Rows) -> tuple:
+    """((loss, (logits, load of each expert)), gradients by name)."""
+    model = tree.abstract(lambda: CONFIGS[name].build(jax.random.key(0)))
+
+    def loss(arrays: dict[str, Any]) -> tuple:
+        full = tree.rebuild(model, arrays)
+        x, reports = full.hidden(batch["tokens"], batch["segments"], batch["positions"])
+        total, _ = cross_entropy(
+            x, full.unembedding(), batch["labels"], batch["weights"], z_loss=1e-3,
+            softcap=full.config.logit_softcap,
+        )  # fmt: skip
+        moe = [report["moe_loss"].sum() for report in reports.values() if "moe_loss" in report]
+        load = [report["expert_load"] for report in reports.values() if "expert_load" in report]
+        return total / batch["weights"].sum() + sum(moe), (full.logits(x), load)
+
+    return jax.value_and_grad(loss, has_aux=True)(arrays)
+
+
+@cache
+def on_one_device(name: str) -> tuple:
+    arrays = tree.leaves(build(CONFIGS[name]))
+    return jax.jit(lambda arrays, batch: outcome(name, arrays, batch), compiler_options=QUICK)(arrays, rows())
+
+
+def on_mesh(name: str, config: MeshConfig) -> tuple:
+    mesh = sharding.build_mesh(config, jax.devices()[:8])
+    model = build(CONFIGS[name])
+    held = sharding.weight_shardings(mesh, tree.axes(model), "parameters", config.zero)
+    arrays = {leaf: jax.device_put(value, held[leaf]) for leaf, value in tree.leaves(model).items()}
+    batch = {key: jax.device_put(value, sharding.batch_sharding(mesh)) for key, value in rows().items()}
+    with jax.set_mesh(mesh):
+        run = jax.jit(lambda arrays, batch: outcome(name, arrays, batch), compiler_options=QUICK)
+        return held, run(arrays, batch)
+
+
+@pytest.mark.parametrize(("name", "mesh"), CASES)
+def test_a_mesh_gives_the_logits_losses_and_gradients_of_one_device(name, mesh):
+    (loss, (logits, load)), grads = on_one_device(name)
+    held, ((given_loss, (given_logits, given_load)), given_grads) = on_mesh(name, MESHES[mesh])
+    np.testing.assert_allclose(given_loss, loss, rtol=LOSS_BOUND)
+    np.testing.assert_allclose(given_logits, logits, atol=LOGITS_BOUND, rtol=LOGITS_BOUND)
+    for given, wanted in zip(given_load, load, strict=True):
+        assert np.array_equal(given, wanted)
+    for leaf, wanted in grads.items():
+        bound = GRADIENT_BOUND * float(np.abs(wanted).max()) + 1e-9
+        np.testing.assert_allclose(given_grads[leaf], wanted, atol=bound, rtol=0, err_msg=leaf)
+        assert given_grads[leaf].sharding.is_equivalent_to(held[leaf], wanted.ndim), leaf

@@ -1,0 +1,155 @@
+"""The whole loop on a tiny run: what it writes, that it resumes exactly, what it refuses."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxstack.checkpoint import CheckpointConfig, read_arrays
+from maxstack.config import RunError, UserError, load_run
+from maxstack.models.load import load
+from maxstack.sharding import MeshConfig
+from maxstack.telemetry import read_rows
+from maxstack.train import loop, session
+from maxstack.train.run import EvaluationConfig, RunConfig, SampleConfig
+from maxstack.train.stop import StopRequest
+from tests.train.runs import tiny_run
+
+ONE = 1
+
+
+def run_on(run: RunConfig, devices: int = ONE):
+    return loop.train(run, jax.devices()[:devices])
+
+
+def losses(run: RunConfig) -> dict[int, float]:
+    rows = read_rows(Path(run.out) / "metrics.jsonl")
+    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> RunConfig:
+    run = tiny_run(
+        tmp_path_factory.mktemp("finished"), evaluation=EvaluationConfig(every=3),
+        samples=SampleConfig(every=0, prompts=("the king",), max_tokens=8),
+    )  # fmt: skip
+    run_on(run)
+    return run
+
+
+def test_run_writes_a_row_per_step_with_what_users_watch(finished):
+    rows = [row for row in read_rows(Path(finished.out) / "metrics.jsonl") if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == list(range(1, 8))
+    wanted = {
+        "loss", "tokens", "tokens_per_second", "step_seconds", "data_wait_seconds", "gradient_norm", "learning_rate",
+        "flops_per_token_full", "flops_per_token_causal", "host_memory_bytes", "device_memory_bytes",
+    }  # fmt: skip
+    assert wanted <= rows[0].keys()
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_run_leaves_evaluations_samples_and_a_run_file_that_runs_again(finished):
+    out = Path(finished.out)
+    evaluations = [row for row in read_rows(out / "metrics.jsonl") if row["kind"] == "evaluation"]
+    assert [row["step"] for row in evaluations] == [3, 6, 7]
+    assert 0 < evaluations[-1]["held_out"]["words"]["bits_per_byte"] < 9
+    assert [row["prompt"] for row in read_rows(out / "samples.jsonl")] == ["the king"]
+    assert load_run(out / "run.py") == finished
+
+
+def test_finished_run_loads_by_folder_and_is_not_trained_again(finished):
+    model, tokenizer = load(finished.out)
+    assert tokenizer is not None
+    assert model(jnp.zeros((1, 4), jnp.int32)).shape == (1, 4, 320)
+    before = losses(finished)
+    assert run_on(finished).step == 7
+    assert losses(finished) == before
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_run_stopped_at_any_step_resumes_to_the_same_losses_bit_for_bit(
+    finished, tmp_path, stop_at, monkeypatch
+):
+    run = tiny_run(tmp_path)
+    monkeypatch.setattr(StopRequest, "requested", stop_after(stop_at))
+    assert run_on(run).step == stop_at
+    monkeypatch.undo()
+    assert run_on(run).step == 7
+    assert losses(run) == losses(finished)
+    final, whole = (read_arrays(Path(r.out) / "checkpoints", 7) for r in (run, finished))
+    for name, leaf in whole["params"].items():
+        np.testing.assert_array_equal(final["params"][name], leaf)
+
+
+def stop_after(step: int):
+    calls = iter(range(1, 100))
+    return lambda self: next(calls) >= step
+
+
+def test_run_resumes_on_another_mesh_within_rounding(finished, tmp_path, monkeypatch):
+    run = tiny_run(tmp_path)
+    monkeypatch.setattr(StopRequest, "requested", stop_after(3))
+    run_on(run)
+    monkeypatch.undo()
+    run_on(dataclasses.replace(run, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), devices=8)
+    ours, whole = losses(run), losses(finished)
+    assert ours.keys() == whole.keys()
+    # Sums over devices are taken in another order: a few float32 roundings a step.
+    np.testing.assert_allclose(list(ours.values()), list(whole.values()), rtol=2e-6)
+
+
+def test_crashed_steps_are_recorded_once(finished, tmp_path, monkeypatch):
+    run = tiny_run(tmp_path)
+    advance = session.Session.advance
+
+    def crash_at_five(self, batch):
+        if self.step == 5:
+            raise SystemExit
+        advance(self, batch)
+
+    monkeypatch.setattr(session.Session, "advance", crash_at_five)
+    with pytest.raises(SystemExit):
+        run_on(run)
+    monkeypatch.undo()
+    run_on(run)
+    rows = [row for row in read_rows(Path(run.out) / "metrics.jsonl") if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == list(range(1, 8))
+    assert losses(run) == losses(finished)
+    assert [row["step"] for row in rows if row.get("resumed")] == [4]
+
+
+def test_resuming_another_model_is_refused_with_the_fields(finished):
+    other = dataclasses.replace(finished, model=dataclasses.replace(finished.model, vocab_size=384), steps=9)
+    with pytest.raises(UserError, match="vocab_size: 320 -> 384"):
+        run_on(other)
+
+
+def test_resuming_with_other_data_order_is_refused(finished):
+    other = dataclasses.replace(finished, data=dataclasses.replace(finished.data, seed=5), steps=9)
+    with pytest.raises(UserError, match="seed was 0, is 5"):
+        run_on(other)
+
+
+def test_repeated_non_finite_steps_stop_the_run_with_what_led_there(tmp_path):
+    run = tiny_run(tmp_path)
+    optim = dataclasses.replace(run.optim, clip_norm=0.0)
+    run = dataclasses.replace(
+        run, optim=optim, safety=dataclasses.replace(run.safety, skip_limit=2), z_loss=float("inf")
+    )
+    with pytest.raises(RunError, match=r"2 updates in a row were skipped[\s\S]*step 1: loss"):
+        run_on(run)
+
+
+def test_best_checkpoint_by_held_out_loss_is_kept(tmp_path):
+    run = tiny_run(
+        tmp_path, evaluation=EvaluationConfig(every=2),
+        checkpoint=CheckpointConfig(save_every=2, keep_last=1, keep_best=1, best_metric="held_out.words"),
+    )  # fmt: skip
+    run_on(run)
+    metas = sorted(path.name for path in (Path(run.out) / "checkpoints").iterdir() if path.name.isdigit())
+    assert "7" in {name.lstrip("0") for name in metas}
+    assert json.loads((Path(run.out) / "goodput.json").read_text())
