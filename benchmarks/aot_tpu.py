@@ -61,7 +61,7 @@ def compile_run(run: Any, topology: str, program: Path | None = None) -> dict[st
             raise
         return result | {"fits": False, "compiler": str(error)[:2000]}
     result["compile_seconds"] = time.perf_counter() - start
-    text = executable.as_text()
+    text = executable.as_text() or ""
     if program is not None:
         program.write_text(text)
     memory = memory_of(executable.memory_analysis())
@@ -132,7 +132,8 @@ def show(name: str, result: dict[str, Any], most: int) -> None:
         shapes = ", ".join(one["shapes"][:4]) + (" …" if len(one["shapes"]) > 4 else "")
         place = "in a loop" if one["in_loop"] else "once"
         print(
-            f"    {one['wire_bytes'] / GIB:8.3f} GiB {one['kind']} x{one['times']} {place} {shapes} {one['source'][-60:]}"
+            f"    {one['wire_bytes'] / GIB:8.3f} GiB {one['kind']} x{one['times']} {place} {shapes} "
+            f"{one['source'][-60:]}"
         )
 
 

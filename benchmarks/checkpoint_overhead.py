@@ -59,7 +59,9 @@ def measure(million: float, products: int, rows: int, out: Path) -> dict[str, fl
             while not checkpoints.idle():
                 state, seconds = timed_steps(state, x, products, 1)
                 extra += seconds
-            overlapped.append((time.perf_counter() - start, sum(extra) - len(extra) * statistics.median(alone)))
+            overlapped.append(
+                (time.perf_counter() - start, sum(extra) - len(extra) * statistics.median(alone))
+            )
             checkpoints.wait()
     # The first save imports Orbax and makes its threads.
     step_s, lost_s = statistics.median(alone), statistics.median(extra for _, extra in overlapped[1:])
@@ -80,7 +82,9 @@ def main() -> None:
     parser.add_argument("--million-parameters", type=float, default=30)
     parser.add_argument("--products", type=int, default=60, help="matrix products a step")
     parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoints, removed at the end")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the checkpoints, removed at the end"
+    )
     arguments = parser.parse_args()
     result = measure(arguments.million_parameters, arguments.products, arguments.rows, arguments.out)
     shutil.rmtree(arguments.out)

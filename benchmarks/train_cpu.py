@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 LENGTH, ROWS = 512, 8
 SIZES: dict[str, dict[str, int]] = {
@@ -67,10 +67,10 @@ def build(args: argparse.Namespace) -> tuple[Any, Any, Any, dict[str, Any]]:
     report = {
         "framework": f"jax {jax.__version__}", "compile_seconds": time.perf_counter() - start,
         "parameters": sum(leaf.size for leaf in state.params.values()),
-        "temporaries_gib": advance.memory_analysis().temp_size_in_bytes / 2**30,
+        "temporaries_gib": getattr(advance.memory_analysis(), "temp_size_in_bytes", 0) / 2**30,
     }  # fmt: skip
     if args.dump:
-        Path(args.dump).write_text(advance.as_text())
+        Path(args.dump).write_text(advance.as_text() or "")
     ids = np.random.default_rng(0).integers(shape["vocabulary"], size=(args.accumulation, rows, LENGTH + 1))
     ids = ids.astype(np.int32)
     ones = np.ones_like(ids[..., 1:])
@@ -129,10 +129,11 @@ class Contender:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
+        self.stdin, self.stdout = cast(IO[str], self.process.stdin), cast(IO[str], self.process.stdout)
         self.read()
 
     def read(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
+        line = self.stdout.readline()
         if not line:
             raise RuntimeError(
                 f"{self.name} ended with exit code {self.process.wait()}; its message is above"
@@ -140,12 +141,12 @@ class Contender:
         return json.loads(line)
 
     def step(self) -> None:
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+        self.stdin.write("step\n")
+        self.stdin.flush()
         self.took.append(self.read())
 
     def finish(self) -> dict[str, Any]:
-        self.process.stdin.close()
+        self.stdin.close()
         report = self.read()
         self.process.wait()
         seconds, cpu = ([took[key] for took in self.took] for key in ("seconds", "cpu_seconds"))

@@ -124,7 +124,7 @@ def present(mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> PartitionSpec:
         large = tuple(name for name in names if mesh.shape[name] > 1)
         if not large:
             return None
-        return large if len(large) > 1 else large[0]
+        return large if len(large) > 1 else next(iter(large))
 
     return PartitionSpec(*(kept(axes) for axes in spec))
 
@@ -147,7 +147,7 @@ def check_divides(shapes: Mapping[str, tuple[int, ...]], shardings: Mapping[str,
             if size % parts:
                 raise UserError(
                     f"{name} {shapes[name]}: {size} does not divide by mesh {'x'.join(names)} = {parts}; "
-                    f"change the model size or --mesh.{names[0]}"
+                    f"change the model size or --mesh.{' or --mesh.'.join(names)}"
                 )
 
 

@@ -35,11 +35,13 @@ def test_a_wrong_entry_would_be_found():
 
 
 def test_every_part_of_the_package_is_in_the_tree():
-    parts = {path.name for path in (ROOT / "maxstack").iterdir() if not path.name.startswith("_")} - {"kernels"}
+    parts = {path.name for path in (ROOT / "maxstack").iterdir() if not path.name.startswith("_")} - {
+        "kernels"
+    }
     named = {path.name for path in tree_paths(TREE) if path.parts[0] == "maxstack"}
     assert parts <= named | {"py.typed"}
 
 
-@pytest.mark.parametrize("verb", sorted(set(re.findall(r"^maxstack (\w+)", README, re.M))))
+@pytest.mark.parametrize("verb", sorted(set(re.findall(r"^maxstack (\w+)", README, re.MULTILINE))))
 def test_every_verb_of_the_readme_exists(verb):
     assert verb in VERBS

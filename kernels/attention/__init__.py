@@ -1,6 +1,6 @@
 """Attention: the public function, its argument checks and the static choice of a backend."""
 
-from typing import Literal
+from typing import Any, Literal, overload
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -13,6 +13,18 @@ from maxstack.kernels.attention.masks import Coordinates, Options
 
 Implementation = Literal["auto", "xla", "reference", "mosaic_gpu", "mosaic_tpu"]
 Ids = Int[Array, "b t"] | tuple[Int[Array, "b t"], Int[Array, "b s"]]
+
+
+@overload
+def attention(  # pyrefly: ignore [inconsistent-overload]
+    q_btnh: Array, k_bskh: Array, v_bskw: Array, *, return_lse: Literal[False] = False, **options: Any
+) -> Array: ...
+
+
+@overload
+def attention(  # pyrefly: ignore [inconsistent-overload]
+    q_btnh: Array, k_bskh: Array, v_bskw: Array, *, return_lse: Literal[True], **options: Any
+) -> tuple[Array, Array]: ...
 
 
 def attention(
@@ -51,7 +63,9 @@ def attention(
     if implementation not in ("auto", "xla", "reference"):
         raise ValueError(f"attention: unknown implementation {implementation!r}; known: auto, xla, reference")
     _check(q_btnh, k_bskh, v_bskw, sinks, window)
-    at = Coordinates(*_pair("segment_ids", segment_ids, q_btnh, k_bskh), *_pair("positions", positions, q_btnh, k_bskh))
+    at = Coordinates(
+        *_pair("segment_ids", segment_ids, q_btnh, k_bskh), *_pair("positions", positions, q_btnh, k_bskh)
+    )
     scale = q_btnh.shape[-1] ** -0.5 if scale is None else scale
     options = Options(causal=causal, window=window, softcap=softcap, scale=scale)
     if implementation == "reference":
@@ -91,6 +105,8 @@ def _check(q, k, v, sinks, window):
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: query heads {q.shape[2]} must be a multiple of kv heads {k.shape[2]}")
     if sinks is not None and sinks.shape != q.shape[2:3]:
-        raise ValueError(f"attention: sinks {sinks.shape} must have one number for each of {q.shape[2]} query heads")
+        raise ValueError(
+            f"attention: sinks {sinks.shape} must have one number for each of {q.shape[2]} query heads"
+        )
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window} positions; it must be at least 1 (the query itself)")

@@ -38,7 +38,9 @@ def static_range(t0: int, t1: int, s: int, at: Coordinates, options: Options) ->
     return min(lo, hi), hi
 
 
-def visible_blocks(at: Coordinates, options: Options, t: int, s: int, blocks: Blocks) -> Bool[Array, "q_blocks s_blocks"]:
+def visible_blocks(
+    at: Coordinates, options: Options, t: int, s: int, blocks: Blocks
+) -> Bool[Array, "q_blocks s_blocks"]:
     """False where no query of a block sees any key of another, judged by the extremes of positions and segments."""
     q_least, q_most = _extremes(at.q_positions, t, blocks.query)
     kv_least, kv_most = _extremes(at.kv_positions, s, blocks.key)

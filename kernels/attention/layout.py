@@ -32,7 +32,8 @@ class Layout:
         return spec(self.head)
 
     def coordinates(self, at: Coordinates) -> Coordinates:
-        return Coordinates(*(None if c is None else spec(self.batch, ()) for c in at))
+        """Where each coordinate lies: specs in the places of the arrays."""
+        return Coordinates._make([None if c is None else spec(self.batch, ()) for c in at])
 
     def run(self, local, in_specs, out_specs):
         # check_vma is off: the types of a loop's carry would otherwise need every axis named by hand.
@@ -56,7 +57,9 @@ def lay_out(q, k, v, sinks, at: Coordinates):
                 "its own device, so set these mesh axes to 1 or reshard first"
             )
         if size:
-            raise Unsupported(f"attention: the head size of the {name} is cut over {size}; cut the heads instead")
+            raise Unsupported(
+                f"attention: the head size of the {name} is cut over {size}; cut the heads instead"
+            )
     batch, _, head, _ = dim_axes(q)
     layout = Layout(mesh=mesh, batch=batch, head=head)
     ways = 1
@@ -64,8 +67,12 @@ def lay_out(q, k, v, sinks, at: Coordinates):
         ways *= mesh.shape[axis]
     if k.shape[2] % ways:
         if ways % k.shape[2]:
-            raise Unsupported(f"attention: {k.shape[2]} kv heads cannot be dealt to {ways} devices of axes {head}")
-        k, v = (jnp.repeat(jax.reshard(a, spec(batch, (), (), ())), ways // k.shape[2], axis=2) for a in (k, v))
+            raise Unsupported(
+                f"attention: {k.shape[2]} kv heads cannot be dealt to {ways} devices of axes {head}"
+            )
+        k, v = (
+            jnp.repeat(jax.reshard(a, spec(batch, (), (), ())), ways // k.shape[2], axis=2) for a in (k, v)
+        )
     k, v = jax.reshard(k, layout.heads), jax.reshard(v, layout.heads)
     sinks = None if sinks is None else jax.reshard(sinks, layout.sinks)
     at = Coordinates(*(None if c is None else jax.reshard(c, spec(batch, ())) for c in at))

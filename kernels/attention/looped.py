@@ -43,7 +43,9 @@ def _mask(padded: Coordinates, i, j, s: int, options: Options, blocks: Blocks):
 
 def _padded_at(at: Coordinates, blocks: Blocks) -> Coordinates:
     sizes = (blocks.query, blocks.key, blocks.query, blocks.key)
-    return Coordinates(*(None if c is None else _padded(c, 1, block) for c, block in zip(at, sizes, strict=True)))
+    return Coordinates(
+        *(None if c is None else _padded(c, 1, block) for c, block in zip(at, sizes, strict=True))
+    )
 
 
 def forward(q, k, v, at: Coordinates, options: Options, blocks: Blocks):
@@ -63,7 +65,11 @@ def forward(q, k, v, at: Coordinates, options: Options, blocks: Blocks):
             top_j, total_j, out_j = tile.forward(q_i, k_j, v_j, _mask(at, i, j, s, options, blocks), options)
             new = jnp.maximum(top, top_j)
             old_scale, scale_j = (jnp.exp(part - tile.finite(new)) for part in (top, top_j))
-            return new, total * old_scale + total_j * scale_j, out * old_scale[..., None] + out_j * scale_j[..., None]
+            return (
+                new,
+                total * old_scale + total_j * scale_j,
+                out * old_scale[..., None] + out_j * scale_j[..., None],
+            )
 
         shape = (r, g, blocks.query)
         start = (jnp.full(shape, -jnp.inf, wide), jnp.zeros(shape, wide), jnp.zeros((*shape, w), wide))
@@ -78,7 +84,9 @@ def backward(q, k, k_t, v, dout, lse, delta, at: Coordinates, options: Options, 
     (r, g, t, h), s = q.shape, k.shape[1]
     first, last = _key_ranges(at, options, t, s, blocks)
     # A padded query has weights exp(-inf) = 0.
-    per_query = [_padded(a, 2, blocks.query, value) for a, value in ((q, 0), (dout, 0), (lse, jnp.inf), (delta, 0))]
+    per_query = [
+        _padded(a, 2, blocks.query, value) for a, value in ((q, 0), (dout, 0), (lse, jnp.inf), (delta, 0))
+    ]
     k, k_t, v = _padded(k, 1, blocks.key), _padded(k_t, 2, blocks.key), _padded(v, 1, blocks.key)
     at = _padded_at(at, blocks)
 
@@ -91,7 +99,9 @@ def backward(q, k, k_t, v, dout, lse, delta, at: Coordinates, options: Options, 
             mask = _mask(at, i, j, s, options, blocks)
             dq_j, *dkv_j = tile.backward(q_i, k_j, k_t_j, v_j, dout_i, lse_i, delta_i, mask, options)
             dk, dv = (
-                jax.lax.dynamic_update_slice_in_dim(a, _at_block(a, 1, j, blocks.key) + a_j, j * blocks.key, 1)
+                jax.lax.dynamic_update_slice_in_dim(
+                    a, _at_block(a, 1, j, blocks.key) + a_j, j * blocks.key, 1
+                )
                 for a, a_j in zip((dk, dv), dkv_j, strict=True)
             )
             return dq + dq_j, dk, dv

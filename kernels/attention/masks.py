@@ -44,7 +44,7 @@ def visible(at: Coordinates, options: Options, t: int, s: int, t0=0, s0=0) -> Bo
             parts.append(distance >= 0)
         if options.window is not None:
             parts.append(distance < options.window)
-    if at.q_segments is not None:
+    if at.q_segments is not None and at.kv_segments is not None:
         same = at.q_segments[:, :, None] == at.kv_segments[:, None, :]
         parts.append(same & (at.kv_segments > 0)[:, None, :])
     if not parts:

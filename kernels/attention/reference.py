@@ -26,14 +26,14 @@ def attention(
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, initial=-jnp.inf)
-    if sinks_n is not None:
-        sinks = sinks_n.astype(wide).reshape(k, n // k, 1)
+    sinks = None if sinks_n is None else sinks_n.astype(wide).reshape(k, n // k, 1)
+    if sinks is not None:
         top = jnp.maximum(top, sinks)
     # A query that sees nothing: top is -inf, and -inf - -inf would be nan.
     safe_top = jnp.where(top == -jnp.inf, 0.0, top)
     weights = jnp.exp(logits - safe_top[..., None])
     total = weights.sum(-1)
-    if sinks_n is not None:
+    if sinks is not None:
         total = total + jnp.exp(sinks - safe_top)
     safe_total = jnp.where(total == 0.0, 1.0, total)
     out = jnp.einsum("bkgts,bskw->btkgw", weights / safe_total[..., None], v_bskw.astype(wide))

@@ -73,11 +73,15 @@ def _sinks(layout, sinks_n):
 
 def _forward(options, blocks, q_btnh, k_bskh, v_bskw, sinks_n, at):
     b, t, n, _ = q_btnh.shape
-    s, k, w = v_bskw.shape[1:]
+    s, k, _ = v_bskw.shape[1:]
     drive = _drive(t, s, blocks)
     q, kk, v = _pairs_q(q_btnh, k), _pairs_kv(k_bskh), _pairs_kv(v_bskw)
     top, total, out = _in_steps(
-        lambda q, kk, v, at: drive.forward(q, kk, v, at, options, blocks), blocks, (q, kk, v, _pairs_at(at, k)), q, s
+        lambda q, kk, v, at: drive.forward(q, kk, v, at, options, blocks),
+        blocks,
+        (q, kk, v, _pairs_at(at, k)),
+        q,
+        s,
     )
     lse = jnp.where(total == 0, -jnp.inf, tile.finite(top) + jnp.log(total))
     if sinks_n is not None:
@@ -100,13 +104,18 @@ def _backward(options, blocks, layout, q_btnh, k_bskh, v_bskw, sinks_n, at, out,
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # the weights of a query that saw nothing: exp(-inf) = 0
     q, kk, v = _pairs_q(q_btnh, k), _pairs_kv(k_bskh), _pairs_kv(v_bskw)
     arrays = (q, kk, jnp.swapaxes(kk, 1, 2), v, _pairs_q(dout.astype(q.dtype), k))
-    arrays = (*arrays, _pairs_q(lse[..., None], k)[..., 0], _pairs_q(delta[..., None], k)[..., 0], _pairs_at(at, k))
-    dq, dk, dv = _in_steps(lambda *a: drive.backward(*a, options, blocks), blocks, arrays, q, s)
+    rest = (_pairs_q(lse[..., None], k)[..., 0], _pairs_q(delta[..., None], k)[..., 0], _pairs_at(at, k))
+    step = partial(_backward_step, drive, options, blocks)
+    dq, dk, dv = _in_steps(step, blocks, (*arrays, *rest), q, s)
     # dq comes transposed: inside of the steps XLA would fold the transpose into the product that made it.
     dq = jnp.moveaxis(dq.reshape(b, k, h, n // k, t), 4, 1)
     dq = jnp.swapaxes(dq, 3, 4).reshape(b, t, n, h)
     dk, dv = (jnp.swapaxes(g.reshape(b, k, *g.shape[1:]), 1, 2) for g in (dk, dv))
     return dq.astype(q_btnh.dtype), dk.astype(k_bskh.dtype), dv.astype(v_bskw.dtype), dsinks
+
+
+def _backward_step(drive, options, blocks, q, k, k_t, v, dout, lse, delta, at):
+    return drive.backward(q, k, k_t, v, dout, lse, delta, at, options, blocks)
 
 
 def _drive(t: int, s: int, blocks: Blocks):

@@ -82,15 +82,21 @@ def _prepare(x_td, w_dv, labels_t, weights_t, z_loss, softcap, implementation, c
     """Checked and completed arguments: (options, layout, labels, weights)."""
     if implementation not in ("auto", "xla", "reference"):
         raise Unsupported(f"cross_entropy: {implementation!r} is not built yet; use 'xla' or 'reference'")
-    d, v = w_dv.shape
+    d, _ = w_dv.shape
     if x_td.shape[-1] != d:
         raise ValueError(f"cross_entropy: x has width {x_td.shape[-1]}, w_dv {w_dv.shape} takes {d}")
     if labels_t.shape != x_td.shape[:-1]:
-        raise ValueError(f"cross_entropy: labels {labels_t.shape} must be the leading shape of x {x_td.shape}")
+        raise ValueError(
+            f"cross_entropy: labels {labels_t.shape} must be the leading shape of x {x_td.shape}"
+        )
     if weights_t is not None and weights_t.shape != labels_t.shape:
-        raise ValueError(f"cross_entropy: weights {weights_t.shape} must have the shape of labels {labels_t.shape}")
+        raise ValueError(
+            f"cross_entropy: weights {weights_t.shape} must have the shape of labels {labels_t.shape}"
+        )
     if x_td.dtype != w_dv.dtype:
-        raise TypeError(f"cross_entropy: x is {x_td.dtype} and w {w_dv.dtype}; cast one of them where it is seen")
+        raise TypeError(
+            f"cross_entropy: x is {x_td.dtype} and w {w_dv.dtype}; cast one of them where it is seen"
+        )
     if chunk is not None and chunk < 1:
         raise ValueError(f"cross_entropy: chunk is {chunk} tokens; it must be positive")
     wide = jnp.promote_types(x_td.dtype, jnp.float32)
@@ -105,8 +111,12 @@ def _prepare(x_td, w_dv, labels_t, weights_t, z_loss, softcap, implementation, c
     if x_d:
         raise Unsupported(f"cross_entropy: the width of x is cut over {x_d}; reshard it to be whole")
     if not set(w_d) <= set(layout.tokens):
-        raise Unsupported(f"cross_entropy: w's width is cut over {w_d}, tokens over {layout.tokens}; gather w first")
+        raise Unsupported(
+            f"cross_entropy: w's width is cut over {w_d}, tokens over {layout.tokens}; gather w first"
+        )
     if set(w_v) & set(layout.tokens):
-        raise Unsupported(f"cross_entropy: w's vocabulary and the tokens are both cut over {w_v}; reshard one of them")
+        raise Unsupported(
+            f"cross_entropy: w's vocabulary and the tokens are both cut over {w_v}; reshard one of them"
+        )
     together = spec(*lead)
     return options, layout, jax.reshard(labels_t, together), jax.reshard(weights_t, together)

@@ -34,7 +34,7 @@ def weighted_loss(
     labels_t: Int[Array, "*t"],
     weights_t: Float[Array, "*t"],
 ) -> tuple[Float[Array, ""], Float[Array, "*t"], Float[Array, "*t"]]:
-    """Σ weight · (nll + z_loss · lse²), nll and lse. Only the first is differentiable: cotangents of the others are dropped."""
+    """Σ weight · (nll + z_loss · lse²), nll and lse. Only the first is differentiable."""
     nll, lse = token_losses(options, layout, x_td, w_dv, labels_t)
     return jnp.sum(weights_t * _loss(options, nll, lse)), nll, lse
 
@@ -50,7 +50,9 @@ def _weighted_loss_fwd(options, layout, x_td, w_dv, labels_t, weights_t):
     run = partial(_losses_and_gradients, options, layout, w_dv.perturbed)
     if layout is not None:
         w_out = layout.w if w_dv.perturbed else None
-        run = _on_mesh(layout, run, (layout.x, layout.w, layout.t, layout.t), (layout.t, layout.t, layout.x, w_out))
+        run = _on_mesh(
+            layout, run, (layout.x, layout.w, layout.t, layout.t), (layout.t, layout.t, layout.x, w_out)
+        )
     nll, lse, dx, dw = run(x_td.value, w_dv.value, labels_t.value, weights_t.value)
     return (jnp.sum(weights_t.value * _loss(options, nll, lse)), nll, lse), (dx, dw, nll, lse)
 
@@ -121,7 +123,9 @@ def _losses_and_gradients(options, layout, with_dw, x_td, w_dv, labels_t, weight
         logits_cv = _logits(options, x_cd, w_dv)
         nll_c, lse_c = _statistics(layout, logits_cv, labels_c)
         on_p = weights_c * (1 + 2 * options.z_loss * lse_c)
-        dw, dx = _product_rule(options, layout, dw, x_cd, x_dc, w_dv, logits_cv, labels_c, lse_c, on_p, weights_c)
+        dw, dx = _product_rule(
+            options, layout, dw, x_cd, x_dc, w_dv, logits_cv, labels_c, lse_c, on_p, weights_c
+        )
         return dw, (nll_c, lse_c, dx)
 
     dw = jnp.zeros(w_dv.shape, weights_t.dtype) if with_dw else None
@@ -214,7 +218,9 @@ def _product_rule(options, layout, dw, x_cd, x_dc, w_dv, logits_cv, labels_c, ls
     dlogits_cv = dlogits_cv.astype(x_cd.dtype)
     partial_dx = layout is not None and layout.vocab
     # A partial sum stays wide until it has met the other devices' parts.
-    dx_cd = jnp.einsum("cv,dv->cd", dlogits_cv, w_dv, preferred_element_type=wide if partial_dx else x_cd.dtype)
+    dx_cd = jnp.einsum(
+        "cv,dv->cd", dlogits_cv, w_dv, preferred_element_type=wide if partial_dx else x_cd.dtype
+    )
     if dw is not None:
         dw = dw + jnp.einsum("dc,cv->dv", x_dc, dlogits_cv, preferred_element_type=wide)
     return dw, dx_cd

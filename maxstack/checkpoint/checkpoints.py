@@ -44,6 +44,7 @@ class Checkpoints:
         self._writing: tuple[int, str] = (0, "")
         self._current: int | None = None
         self._cleared = False
+        self._just_verified: dict[int, str] = {}
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -238,7 +239,7 @@ class Checkpoints:
             path = folder.step_folder(self.directory, step)
             record.refuse_newer(path)
             try:
-                verify(path, self.config.verify)
+                self._just_verified = {step: verify(path, self.config.verify)}
             except CheckpointError as error:
                 log.warning("checkpoint %d is passed over: %s", step, error)
             else:
@@ -252,7 +253,9 @@ class Checkpoints:
         found: int | None = None
         if jax.process_index() == 0:
             try:
-                found = words.index(verify(path, self.config.verify))
+                # Not hashed again by the restore that follows latest_good().
+                known = self._just_verified.pop(step, None)
+                found = words.index(known or verify(path, self.config.verify))
             except CheckpointError as damaged:
                 error = damaged
         found = _agreed(found)

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -100,7 +100,9 @@ def shard_rows(path: Path, seq_len: int, count: int) -> list[list[Span]]:
     return decoded(batch, source.tokenizer)
 
 
-def folder_rows(folder: Path, seq_len: int, packing: str, step: int, count: int) -> list[list[Span]]:
+def folder_rows(
+    folder: Path, seq_len: int, packing: Literal["concat", "best_fit"], step: int, count: int
+) -> list[list[Span]]:
     """Rows of a prepared folder as training would pack and order them, seed 0."""
     source = PreparedSource(folder)
     config = DataConfig(

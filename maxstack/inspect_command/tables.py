@@ -139,7 +139,8 @@ def show_sources(console: Console, sources: list[Facts]) -> None:
         console.print(
             Text(
                 f"{source['name']}: {tokenizer['vocab_size']:,} token ids as {source['dtype']}, tokenizer "
-                f"{tokenizer['fingerprint'][:12]}, content {source['fingerprint'][:12]}, {binary(source['bytes'])} on disk"
+                f"{tokenizer['fingerprint'][:12]}, content {source['fingerprint'][:12]}, "
+                f"{binary(source['bytes'])} on disk"
             )
         )
 

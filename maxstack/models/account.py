@@ -8,12 +8,14 @@ as half of the row. Published figures mix them; both are printed, always.
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 
 from maxstack.models import tree
 from maxstack.models.block import BlockConfig
+from maxstack.models.moe import MoEConfig
 from maxstack.models.transformer import TransformerConfig
 
 # Bits of one stored number; "int8" and "int4" without their scales.
@@ -144,7 +146,7 @@ def used_share(config: TransformerConfig, name: str, axes: tuple[str, ...]) -> f
     if "expert" not in axes[:-1]:
         return 1.0
     _, stack, _, layer, *_ = name.split(".")
-    moe = config.stacks[int(stack)].pattern[int(layer)].feed_forward
+    moe = cast(MoEConfig, config.stacks[int(stack)].pattern[int(layer)].feed_forward)
     return moe.experts_per_token / moe.experts
 
 

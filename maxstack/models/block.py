@@ -81,8 +81,9 @@ class Block(nnx.Module):
 
         self.attention_norm, self.attention_post_norm = norm(config.pre_norm), norm(config.post_norm)
         self.feed_forward_norm, self.feed_forward_post_norm = norm(config.pre_norm), norm(config.post_norm)
-        self.attention = config.attention.build(attention_key, width, residual_scale)
-        self.feed_forward = config.feed_forward.build(feed_forward_key, width, residual_scale)
+        # Any: parts of a user's own take the caches that their own config makes.
+        self.attention: Any = config.attention.build(attention_key, width, residual_scale)
+        self.feed_forward: Any = config.feed_forward.build(feed_forward_key, width, residual_scale)
         self.multiplier = config.residual_multiplier
 
     def __call__(

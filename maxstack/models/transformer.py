@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +135,8 @@ class Transformer(nnx.Module):
 
     def hidden(
         self, tokens_bt: Int[Array, "b t"], segment_ids_bt: Int[Array, "b t"] | None = None,
-        positions_bt: Int[Array, "b t"] | None = None, *, collect: tuple[str, ...] = (), implementation: Implementation = "auto",
+        positions_bt: Int[Array, "b t"] | None = None, *, collect: tuple[str, ...] = (),
+        implementation: Implementation = "auto",
     ) -> tuple[Float[Array, "b t d"], dict[str, Any]]:  # fmt: skip
         """What the output projection reads, and what the layers report, by "stack.layer" and stacked over repeats.
 
@@ -152,7 +153,7 @@ class Transformer(nnx.Module):
         x = self.embedding(tokens_bt, jnp.dtype(self.config.dtype))
         reports: dict[str, Any] = {}
         for i, stack in enumerate(self.stacks):
-            x, aux = run_stack(stack.layers, x, tables, context, self.config.remat)
+            x, aux = run_stack(cast(Layers, stack.layers), x, tables, context, self.config.remat)
             reports |= {f"{i}.{j}": layer_aux for j, layer_aux in enumerate(aux)}
         return self.final_norm(x), reports
 

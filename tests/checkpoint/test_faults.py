@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from maxstack.checkpoint import CheckpointConfig, CheckpointError, Checkpoints, read_arrays, restore_partial
+from maxstack.checkpoint import checkpoints as checkpoints_module
 from maxstack.checkpoint.folder import half_written
 from maxstack.config import RunError
 
@@ -125,6 +126,22 @@ def test_without_hashes_a_wrong_size_is_still_found_and_damage_gives_no_raw_erro
         CheckpointError, match="cannot be read; its files were not compared with their hashes"
     ):
         Checkpoints(tmp_path, CheckpointConfig(verify="none")).restore()
+
+
+def test_latest_good_and_the_restore_after_it_hash_the_files_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_steps(tmp_path, 1)
+    looked = []
+    verify = checkpoints_module.verify
+    monkeypatch.setattr(
+        checkpoints_module, "verify", lambda path, how: looked.append(path.name) or verify(path, how)
+    )
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.restore(checkpoints.latest_good())[2].verified == "hash"
+    assert looked == ["00000001"]
+    assert checkpoints.restore(1)[2].verified == "hash"
+    assert looked == ["00000001"] * 2
 
 
 def test_all_damaged_says_so(tmp_path: Path) -> None:

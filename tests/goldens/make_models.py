@@ -70,7 +70,8 @@ def configs():
     yield (
         "deepseek_v3",
         transformers.DeepseekV3Config(
-            **latent, num_key_value_heads=4, rope_parameters=plain, kv_lora_rank=12, q_lora_rank=10, qk_rope_head_dim=8, qk_nope_head_dim=6,
+            **latent, num_key_value_heads=4, rope_parameters=plain, kv_lora_rank=12, q_lora_rank=10,
+            qk_rope_head_dim=8, qk_nope_head_dim=6,
             v_head_dim=10, n_group=1, topk_group=1, n_routed_experts=6, num_experts_per_tok=2, n_shared_experts=2,
             moe_intermediate_size=12, first_k_dense_replace=1, routed_scaling_factor=2.5, num_mtp_layers=0,
         ),

@@ -28,7 +28,8 @@ from maxstack.models.attention import Context
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
 PLAIN = RopeConfig(theta=100.0)
 WEIGHTS = dict[str, np.ndarray]
-# Of logits of size 1, absolute and relative. 1e-5 is the most that was measured; a planted bug moves them by 1e-2 or more.
+# Of logits of size 1, absolute and relative. 1e-5 is the most that was measured; a
+# planted bug moves them by 1e-2 or more.
 TOLERANCE = 5e-5
 
 

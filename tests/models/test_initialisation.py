@@ -13,7 +13,8 @@ from tests.models.tiny import CONFIGS, QUICK
 
 DEPTH, WIDTH, HEADS, HEAD, INNER = 8, 256, 4, 32, 512
 MODEL = llama(
-    vocab_size=512, width=WIDTH, depth=DEPTH, heads=HEADS, kv_heads=2, head_size=HEAD, feed_forward=INNER, dtype="float32",
+    vocab_size=512, width=WIDTH, depth=DEPTH, heads=HEADS, kv_heads=2, head_size=HEAD, feed_forward=INNER,
+    dtype="float32",
     tie_embeddings=False,
 )  # fmt: skip
 

@@ -1,14 +1,11 @@
 """Any mesh gives the same logits, losses and gradients as one device, up to the order of float32 sums."""
 
-import dataclasses
 from functools import cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 
 from maxstack import sharding
 from maxstack.kernels.cross_entropy import cross_entropy

@@ -206,7 +206,7 @@ def test_offload_is_refused_where_there_is_no_host_memory_space():
     model = build(dataclasses.replace(CONFIGS["grouped"], remat="offload"))
     if jax.default_backend() != "cpu":
         pytest.skip("this backend can offload")
-    with pytest.raises(UserError, match="'offload' needs an accelerator.*use 'full'"):
+    with pytest.raises(UserError, match=r"'offload' needs an accelerator.*use 'full'"):
         model(tokens(1, 4))
 
 
