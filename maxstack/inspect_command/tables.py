@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -82,11 +83,13 @@ def show_memory(console: Console, memory: Facts) -> None:
 
 def show_checkpoints(console: Console, found: Facts) -> None:
     """One row a checkpoint."""
-    table = table_of("checkpoints", "step", "saved", "bytes", "files", "versions", "metrics")
+    table = table_of("checkpoints", "step", "saved (UTC)", "bytes", "files", "metrics")
+    versions: dict[str, list[int]] = {}
     for one in found["checkpoints"]:
-        versions = ", ".join(f"{name} {version}" for name, version in one.get("versions", {}).items())
+        wrote = ", ".join(f"{name} {version}" for name, version in one.get("versions", {}).items())
+        versions.setdefault(wrote, []).append(one["step"])
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in one.get("metrics", {}).items())
-        bad = one["state"].startswith("good") or one["state"] == "not checked"
+        good = one["state"].startswith("good") or one["state"] == "not checked"
         size = binary(one["bytes"]) if "bytes" in one else ""
         table.add_row(
             str(one["step"]),
@@ -95,9 +98,13 @@ def show_checkpoints(console: Console, found: Facts) -> None:
             one["state"],
             versions,
             metrics,
-            style=None if bad else "red",
+            style=None if good else "red",
         )
     console.print(table)
+    for wrote, steps in versions.items():
+        if wrote:
+            every = "written" if len(versions) == 1 else f"{', '.join(map(str, steps))} written"
+            console.print(Text(f"{every} by {wrote}"))
     for name in found["half_written"]:
         console.print(Text(f"half-written, ignored: {name}", style="yellow"))
     for one in found["checkpoints"][-1:]:
@@ -189,8 +196,10 @@ def show_rows(console: Console, rows: list[list[Span]]) -> None:
 
 
 def table_of(title: str, *columns: str) -> Table:
-    """An empty table; the last columns of numbers are right-aligned by their content's nature, the first never."""
-    table = Table(title=Text(title, style="bold"), title_justify="left", header_style="dim")
+    """An empty table; columns of numbers are aligned right, the first column never."""
+    table = Table(
+        title=Text(title, style="bold"), title_justify="left", header_style="dim", box=box.SIMPLE_HEAD
+    )
     for index, column in enumerate(columns):
         numeric = column in (
             "parameters",

@@ -28,10 +28,11 @@ CASES = [
     ("mixture", "fsdp 8"),
     ("mixture", "data 2, fsdp 2, tensor 2"),
 ]
-# Float32 sums over 128 tokens and up to 48 features, split up to 8 ways and so added in another order.
-LOSS_BOUND = 1e-6  # relative
-GRADIENT_BOUND = 2e-5  # of the largest entry of each array
-LOGITS_BOUND = 2e-5  # of logits of size 1
+# Float32 sums over 128 tokens and up to 48 features, split up to 8 ways and so added in another order. The gradients
+# of one device differ by 4e-5 from its own when the compiler optimises less or the rows come in another order.
+LOSS_BOUND = 1e-6  # relative; 2e-7 was measured
+GRADIENT_BOUND = 2e-4  # of the largest entry of each array; 5e-5 was measured
+LOGITS_BOUND = 1e-4  # of logits of size 1 to 3; 2e-5 was measured
 
 Rows = dict[str, Any]
 

@@ -1,0 +1,165 @@
+"""Attention, cross-entropy and grouped products against float64 numpy, and on 8 devices against one."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxstack import sharding
+from maxstack.kernels import Unsupported
+from maxstack.kernels.attention import attention
+from maxstack.kernels.cross_entropy import cross_entropy, token_log_probs
+from maxstack.kernels.grouped_matmul import grouped_matmul
+from maxstack.sharding import MeshConfig
+
+B, T, S, N, K, H, W = 2, 5, 9, 4, 2, 8, 6
+# Float32 inputs of size 1 against float64: a few roundings of sums of tens of terms.
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def brute_force(q, k, v, *, segments, positions, causal, window, softcap, sinks):
+    """Softmax attention, one query, head and row at a time."""
+    out, lse = np.zeros((B, T, N, W)), np.full((B, T, N), -np.inf)
+    for b, t, n in itertools.product(range(B), range(T), range(N)):
+        logits = {}
+        for s in range(S):
+            distance = positions[0][b, t] - positions[1][b, s]
+            hidden = (causal and distance < 0) or (window is not None and distance >= window)
+            if segments is not None:
+                hidden |= segments[0][b, t] != segments[1][b, s] or segments[1][b, s] == 0
+            if not hidden:
+                logit = q[b, t, n] @ k[b, s, n // (N // K)] / np.sqrt(H)
+                logits[s] = logit if softcap is None else softcap * np.tanh(logit / softcap)
+        terms = list(logits.values()) + ([] if sinks is None else [sinks[n]])
+        if terms:
+            lse[b, t, n] = np.logaddexp.reduce(terms)
+            for s, logit in logits.items():
+                out[b, t, n] += np.exp(logit - lse[b, t, n]) * v[b, s, n // (N // K)]
+    return out, lse
+
+
+def inputs(seed: int = 0):
+    random = np.random.default_rng(seed)
+    q, k, v = (random.normal(size=shape) for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, W)))
+    segments = (random.integers(1, 3, (B, T)), np.sort(random.integers(0, 3, (B, S)), 1))
+    positions = (np.sort(random.integers(0, S, (B, T)), 1), np.tile(np.arange(S), (B, 1)))
+    return q, k, v, segments, positions, random.normal(size=N)
+
+
+OPTIONS = list(itertools.product((True, False), (None, 3), (None, 2.0), (False, True), (False, True)))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(("causal", "window", "softcap", "packed", "sunk"), OPTIONS)
+def test_attention_equals_brute_force(implementation, causal, window, softcap, packed, sunk):
+    q, k, v, segments, positions, sinks = inputs()
+    options = {"causal": causal, "window": window, "softcap": softcap}
+    wanted = brute_force(
+        q, k, v, segments=segments if packed else None, positions=positions, sinks=sinks if sunk else None, **options
+    )  # fmt: skip
+    as_ids = lambda pair: tuple(jnp.asarray(part, jnp.int32) for part in pair)  # noqa: E731
+    found = attention(
+        *(jnp.asarray(a, jnp.float32) for a in (q, k, v)), positions=as_ids(positions), return_lse=True,
+        segment_ids=as_ids(segments) if packed else None, implementation=implementation,
+        sinks=jnp.asarray(sinks, jnp.float32) if sunk else None, **options,
+    )  # fmt: skip
+    np.testing.assert_allclose(found[0], wanted[0], **CLOSE)
+    np.testing.assert_allclose(found[1], wanted[1], **CLOSE)
+
+
+@pytest.mark.parametrize(("length", "window"), [(16, None), (700, None), (700, 100), (1500, 200)])
+def test_blocked_gradients_equal_the_reference_at_lengths_that_divide_by_no_block(length, window):
+    random = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(random.normal(size=(1, length, n, H)), jnp.float32) for n in (2, 1, 1))
+    segments = jnp.asarray(np.sort(random.integers(0, 4, (1, length)), 1), jnp.int32)
+
+    def loss(arrays, implementation):
+        out, lse = attention(
+            *arrays, segment_ids=segments, window=window, return_lse=True, implementation=implementation
+        )
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0.0) * 1e-2)
+
+    found, wanted = (jax.grad(loss)((q, k, v), name) for name in ("xla", "reference"))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str)
+def test_attention_and_its_gradients_on_a_mesh_equal_one_device(mesh):
+    random = np.random.default_rng(2)
+    arrays = [jnp.asarray(random.normal(size=(8, 16, n, H)), jnp.float32) for n in (4, 2, 2)]
+    segments = jnp.ones((8, 16), jnp.int32)
+
+    def loss(arrays, segments):
+        return jnp.sum(jnp.sin(attention(*arrays, segment_ids=segments)))
+
+    wanted = jax.grad(loss)(arrays, segments)
+    where = sharding.build_mesh(mesh)
+    with jax.set_mesh(where):
+        spec = sharding.present(where, jax.P(sharding.BATCH_AXES, None, "tensor", None))
+        placed = jax.device_put(arrays, jax.NamedSharding(where, spec))
+        found = jax.jit(jax.grad(loss))(placed, jax.device_put(segments, sharding.batch_sharding(where)))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(jax.device_get(one), other, **CLOSE)
+
+
+def test_named_backends_that_are_not_there_say_so():
+    q = jnp.ones((1, 2, 1, 4))
+    with pytest.raises(Unsupported, match="mosaic_gpu"):
+        attention(q, q, q, implementation="mosaic_gpu")
+
+
+def nll_and_lse(x, w, labels, softcap):
+    logits = x @ w
+    logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
+    lse = np.logaddexp.reduce(logits, axis=-1)
+    return lse - np.take_along_axis(logits, labels[:, None], 1)[:, 0], lse
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_cross_entropy_and_its_gradients_equal_float64(softcap, chunk):
+    random = np.random.default_rng(3)
+    x, w = random.normal(size=(24, 8)), random.normal(size=(8, 50))
+    labels, weights = random.integers(0, 50, 24), (random.random(24) < 0.7).astype(np.float64)
+    nll, lse = nll_and_lse(x, w, labels, softcap)
+    a = jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
+    b = jnp.asarray(labels, jnp.int32), jnp.asarray(weights, jnp.float32)
+
+    def ours(x, w):
+        return cross_entropy(x, w, *b, z_loss=0.01, softcap=softcap, chunk=chunk)
+
+    (loss, found), (dx, dw) = jax.value_and_grad(ours, (0, 1), has_aux=True)(*a)
+    np.testing.assert_allclose(loss, np.sum(weights * (nll + 0.01 * lse**2)), rtol=1e-5)
+    np.testing.assert_allclose(found.nll, nll, **CLOSE)
+    np.testing.assert_allclose(found.lse, lse, **CLOSE)
+
+    def objective(x, w):
+        n, z = nll_and_lse(x, w, labels, softcap)
+        return np.sum(weights * (n + 0.01 * z**2))
+
+    step = 1e-6
+    for grad, (i, j), which in ((dx, (5, 2), 0), (dw, (3, 7), 1), (dw, (1, int(labels[0])), 1)):
+        moved = [x.copy(), w.copy()], [x.copy(), w.copy()]
+        moved[0][which][i, j] += step
+        moved[1][which][i, j] -= step
+        slope = (objective(*moved[0]) - objective(*moved[1])) / (2 * step)
+        np.testing.assert_allclose(grad[i, j], slope, rtol=1e-4, atol=1e-5)
+    log_probs, _ = token_log_probs(*a, b[0], softcap=softcap)
+    np.testing.assert_allclose(log_probs, -nll, **CLOSE)
+
+
+def test_grouped_products_equal_a_loop_over_experts_and_leave_the_rest_zero():
+    random = np.random.default_rng(4)
+    x, w = random.normal(size=(12, 5)), random.normal(size=(3, 5, 7))
+    sizes, wanted = [4, 0, 6], np.zeros((12, 7))
+    wanted[:4], wanted[4:10] = x[:4] @ w[0], x[4:10] @ w[2]
+    a = jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
+    found = grouped_matmul(*a, jnp.asarray(sizes, jnp.int32))
+    np.testing.assert_allclose(found, wanted, **CLOSE)
+    dx, dw = jax.grad(lambda x, w: jnp.sum(grouped_matmul(x, w, jnp.asarray(sizes, jnp.int32))), (0, 1))(*a)
+    assert not np.asarray(dx[10:]).any()
+    np.testing.assert_allclose(dw[0], np.tile(x[:4].sum(0)[:, None], (1, 7)), **CLOSE)
+    assert not np.asarray(dw[1]).any()
