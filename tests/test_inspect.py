@@ -70,7 +70,8 @@ def test_a_run_folder_tells_costs_checkpoints_metrics_and_data(run, inspected):
     assert found["kind"] == "run"
     # q, o 32x32; k, v 32x16; three matrices of 32x64; two norms of 32; a table of 320 rows; the last norm.
     assert found["model"]["parameters"] == 2 * (2 * 1024 + 2 * 512 + 3 * 2048 + 64) + 320 * 32 + 32
-    assert found["model"]["flops_per_token"]["training"]["full"] > found["model"]["flops_per_token"]["training"]["causal"]
+    training = found["model"]["flops_per_token"]["training"]
+    assert training["full"] > training["causal"]
     checkpoints = found["checkpoints"]["checkpoints"]
     assert [one["step"] for one in checkpoints] == [1, 2]
     assert all(one["state"] == "good (sizes)" and "jax" in one["versions"] for one in checkpoints)
@@ -184,12 +185,17 @@ def test_an_empty_folder_is_not_a_run(tmp_path):
 
 
 def test_the_header_of_safetensors_is_enough(tmp_path, inspected):
-    header = {"__metadata__": {"format": "pt"}, "w": {"dtype": "BF16", "shape": [3, 5], "data_offsets": [0, 30]}}
+    header = {
+        "__metadata__": {"format": "pt"},
+        "w": {"dtype": "BF16", "shape": [3, 5], "data_offsets": [0, 30]},
+    }
     raw = json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw)
     found = inspected(tmp_path)
     assert found["safetensors"]["parameters"] == 15
-    assert found["safetensors"]["arrays"] == {"w": {"shape": [3, 5], "dtype": "BF16", "file": "model.safetensors"}}
+    assert found["safetensors"]["arrays"] == {
+        "w": {"shape": [3, 5], "dtype": "BF16", "file": "model.safetensors"}
+    }
 
 
 def test_padding_is_told_from_text(run):

@@ -96,7 +96,6 @@ def show_checkpoints(console: Console, found: Facts) -> None:
             one.get("time", ""),
             size,
             one["state"],
-            versions,
             metrics,
             style=None if good else "red",
         )
