@@ -77,7 +77,7 @@ def build(args: argparse.Namespace) -> tuple[Any, Any, Any, dict[str, Any]]:
     where = sharding.batch_sharding(mesh, leading=1)
     positions = ones * np.arange(LENGTH, dtype=np.int32)
     local = Batch(ids[..., :-1], ids[..., 1:], ones, positions, ones.astype(np.float32))
-    batch = Batch(*(sharding.global_array(where, np.ascontiguousarray(a), a.shape) for a in local))
+    batch = sharding.global_arrays(where, Batch(*map(np.ascontiguousarray, local)), local.tokens.shape)
     return advance, state, batch, report
 
 

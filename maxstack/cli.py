@@ -1,8 +1,10 @@
 """The command line, `maxstack <verb>`: finds the verb's module and turns faults into messages and exit codes.
 
-Exit codes: 0 done, 1 failed while running, 2 the request itself was wrong, 130 stopped by Ctrl-C before it was done.
+Exit codes: 0 done, 1 failed while running, 2 the request itself was wrong, 130 stopped by Ctrl-C or SIGTERM before it
+was done (`train` saves and exits with 0).
 """
 
+import contextlib
 import difflib
 import errno
 import importlib
@@ -11,9 +13,11 @@ import itertools
 import logging
 import os
 import platform
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +51,9 @@ _REMEDIES = {
     errno.EACCES: "no permission: change the permissions of that folder, or choose another one",
     errno.EPERM: "not permitted: change the permissions of that folder, or choose another one",
     errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EIO: "the device reports a fault: check the disk, or choose another folder",
+    errno.EISDIR: "a folder lies where a file should: move it out of the way, or choose another folder",
+    errno.ENOTDIR: "a file lies where a folder should: move it out of the way, or choose another folder",
     errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
 }
 
@@ -72,7 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, rest = words[0], words[1:]
     _log_to_stderr()
     try:
-        return _module(name).main(rest)
+        with _terminable():
+            code = _module(name).main(rest)
+            if sys.stdout is not None:  # None: it was closed before we began
+                sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print(f"\nmaxstack {name}: stopped", file=sys.stderr)
         return INTERRUPTED
@@ -97,7 +108,25 @@ def _module(name: str):
         near = difflib.get_close_matches(name, VERBS, n=2, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UserError(f"unknown verb {name!r}; {hint}The verbs are {', '.join(VERBS)}")
-    return importlib.import_module(VERBS[name].module)
+    # A signal in the middle of an extension module's start would come out as that module's ImportError.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        return importlib.import_module(VERBS[name].module)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a verb as Ctrl-C does, so that it clears up; `train` has its own way with both."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _message(error: BaseException) -> str | None:
@@ -124,7 +153,7 @@ def _log_traceback(error: BaseException, argv: Sequence[str]) -> Path | None:
     named = [value for flag, value in itertools.pairwise(argv) if flag == "--out"]
     named += [word.partition("=")[2] for word in argv if word.startswith("--out=")]
     folders = [
-        folder for folder in (fault_folder(), *map(Path, named)) if folder is not None and folder.is_dir()
+        Path(folder) for folder in (fault_folder(), *named) if folder is not None and os.path.isdir(folder)
     ]
     if not folders:
         return None

@@ -36,6 +36,7 @@ WEIGHT_RULES: Mapping[str, MeshAxes] = {
     "q_lora": None,
     "kv_lora": None,
     "norm": None,
+    "whole": None,  # a dimension of a user's own layer that no mesh axis cuts
 }
 SHARDED_OVER_FSDP = "embed"
 
@@ -51,6 +52,7 @@ ACTIVATION_RULES: Mapping[str, MeshAxes] = {
     "expert": None,
     "q_lora": None,
     "kv_lora": None,
+    "whole": None,
 }
 
 # From which ZeRO stage on an array kind is cut over `fsdp` (Rajbhandari et al. 2020, arXiv:1910.02054).
@@ -113,7 +115,16 @@ def weight_spec(axes: tuple[str, ...], kind: Kind, zero: int) -> PartitionSpec:
     """Mesh axes of a weight-shaped array with logical `axes`, as a parameter, gradient, state or operand."""
     cut = kind != "compute" and zero >= ZERO_STAGE[kind]
     rules = {**WEIGHT_RULES, SHARDED_OVER_FSDP: "fsdp"} if cut else WEIGHT_RULES
-    return PartitionSpec(*(rules[axis] for axis in axes))
+    return PartitionSpec(*(_rule(rules, axis) for axis in axes))
+
+
+def _rule(rules: Mapping[str, MeshAxes], axis: str) -> MeshAxes:
+    if axis not in rules:
+        raise UserError(
+            f"no logical axis {axis!r}: the known ones are {', '.join(rules)}; 'whole' is for a dimension that is "
+            "never cut, and a new name needs a row in maxstack/sharding.py"
+        )
+    return rules[axis]
 
 
 def present(mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> PartitionSpec:
@@ -130,7 +141,7 @@ def present(mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> PartitionSpec:
 
 
 def weight_shardings(
-    mesh: Mesh, axes: Mapping[str, tuple[str, ...]], kind: Kind, zero: int
+    mesh: Mesh | AbstractMesh, axes: Mapping[str, tuple[str, ...]], kind: Kind, zero: int
 ) -> dict[str, NamedSharding]:
     """A sharding for each named weight, for one of the kinds of array that have a weight's shape."""
     return {
@@ -162,7 +173,7 @@ def activation_spec(*axes: str | None) -> PartitionSpec | None:
     mesh = current_mesh()
     if mesh is None:
         return None
-    return present(mesh, PartitionSpec(*(ACTIVATION_RULES[axis] if axis else None for axis in axes)))
+    return present(mesh, PartitionSpec(*(_rule(ACTIVATION_RULES, axis) if axis else None for axis in axes)))
 
 
 def on_one_device() -> bool:
@@ -190,9 +201,13 @@ def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, present(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES, None)))
 
 
-def global_array(sharding: NamedSharding, local: np.ndarray, global_shape: tuple[int, ...]) -> jax.Array:
-    """A global array from the rows this process holds (`local_rows` says which)."""
-    return jax.make_array_from_process_local_data(sharding, local, global_shape)
+def global_arrays[T](sharding: NamedSharding, local: T, global_shape: tuple[int, ...]) -> T:
+    """Global arrays, all of one shape, from the rows this process holds of each (`local_rows` says which)."""
+    if jax.process_count() == 1:  # all rows are here, and go to the devices in one call
+        return jax.device_put(local, sharding)
+    return jax.tree.map(
+        lambda part: jax.make_array_from_process_local_data(sharding, part, global_shape), local
+    )
 
 
 def local_rows(mesh: Mesh, batch_rows: int) -> slice:

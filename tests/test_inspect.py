@@ -7,6 +7,7 @@ import shutil
 import struct
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -44,7 +45,7 @@ def run(tmp_path_factory) -> RunConfig:
         evaluation=EvaluationConfig(every=-1), samples=SampleConfig(every=-1),
         checkpoint=CheckpointConfig(save_every=1), telemetry=TelemetryConfig(display="off", tensorboard=False),
     )  # fmt: skip
-    train(run)
+    train(run, jax.devices()[:2])
     return run
 
 

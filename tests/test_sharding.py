@@ -84,6 +84,12 @@ def test_logical_axes_lead_to_mesh_axes(axes, wanted):
     )
 
 
+def test_an_unknown_logical_axis_is_answered_with_the_known_ones():
+    with pytest.raises(UserError, match=r"no logical axis 'taps': the known ones are layers, .*'whole'"):
+        weight_spec(("taps", "mlp"), "parameters", 3)
+    assert weight_spec(("whole", "mlp"), "parameters", 3) == PartitionSpec(None, "tensor")
+
+
 def test_each_device_holds_its_share():
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
     axes = {"q": AXES}
@@ -149,7 +155,7 @@ def test_batches_are_cut_by_rows_over_data_and_fsdp():
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
     where = sharding.batch_sharding(mesh, leading=1)
     rows = np.arange(3 * 8 * 5, dtype=np.int32).reshape(3, 8, 5)
-    array = sharding.global_array(where, rows, rows.shape)
+    array = sharding.global_arrays(where, rows, rows.shape)
     assert np.array_equal(array, rows)
     assert {shard.data.shape for shard in array.addressable_shards} == {(3, 2, 5)}
 

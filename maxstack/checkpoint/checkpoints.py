@@ -21,7 +21,7 @@ from maxstack.checkpoint.account import Account
 from maxstack.checkpoint.config import CheckpointConfig
 from maxstack.checkpoint.errors import STORAGE_ERRORS, CheckpointError, first_line, save_failed
 from maxstack.checkpoint.names import flatten, unflatten
-from maxstack.checkpoint.restore import read_state, refuse, verify
+from maxstack.checkpoint.restore import intact_besides, offer, read_state, refuse, verify
 
 log = logging.getLogger(__name__)
 
@@ -261,24 +261,12 @@ class Checkpoints:
         found = _agreed(found)
         if found is not None:
             return words[found]
-        good = _agreed(self._good_before(step) if jax.process_index() == 0 else None)
-        offer = (
-            f"step {good} is intact: restore that one"
-            if good is not None
-            else "no other checkpoint is intact"
-        )
+        first = jax.process_index() == 0
+        good = _agreed(intact_besides(self.directory, step, self.config.verify) if first else None)
         reason = error or f"checkpoint {step} in {self.directory} is damaged (the first process says how)"
-        raise CheckpointError(f"{reason}; {offer}; nothing was deleted", step=step, good_step=good) from error
-
-    def _good_before(self, damaged: int) -> int | None:
-        for step in folder.newest_first(self.steps()):
-            if step != damaged:
-                try:
-                    verify(folder.step_folder(self.directory, step), self.config.verify)
-                except CheckpointError:
-                    continue
-                return step
-        return None
+        raise CheckpointError(
+            f"{reason}; {offer(good)}; nothing was deleted", step=step, good_step=good
+        ) from error
 
 
 def _agreed(value: int | None) -> int | None:

@@ -29,7 +29,7 @@ def read_arrays(
     Random keys come as their uint32 data. Raises CheckpointError as `restore_partial` does.
     """
     place = folder.locate(Path(path), step)
-    verified = verify(place, verify_by)
+    verified = check(place, verify_by)
     described = read_record(place)
     names = [name for name in described.arrays if groups is None or name.split(SEPARATOR)[0] in groups]
     if not names:
@@ -56,7 +56,7 @@ def restore_partial(
     damaged, of a newer layout.
     """
     place = folder.locate(Path(path), step)
-    verified = verify(place, verify_by)
+    verified = check(place, verify_by)
     state, account = read_state(
         place, read_record(place), flatten(target), verified, sources=sources or {}, cast=True
     )
@@ -103,6 +103,37 @@ def verify(place: Path, how: str) -> str:
         more = f" and {len(found) - 3} more files" if len(found) > 3 else ""
         raise CheckpointError(f"checkpoint {place} is damaged: {'; '.join(found[:3])}{more}")
     return "no" if how == "none" else how
+
+
+def check(place: Path, how: str = "hash") -> str:
+    """`verify`, whose error also names the newest checkpoint beside the damaged one that is intact."""
+    refuse_newer(place)
+    try:
+        return verify(place, how)
+    except CheckpointError as damaged:
+        if not place.name.isdecimal():
+            raise
+        step = int(place.name)
+        good = intact_besides(place.parent, step, how)
+        how_to = "" if good is None else f" (--step {good})"
+        raise CheckpointError(f"{damaged}; {offer(good)}{how_to}", step=step, good_step=good) from damaged
+
+
+def intact_besides(directory: Path, damaged: int, how: str) -> int | None:
+    """The newest step in a folder of checkpoints, other than the damaged one, whose files are intact."""
+    for step in folder.newest_first(folder.complete_steps(directory)):
+        if step != damaged:
+            try:
+                verify(folder.step_folder(directory, step), how)
+            except CheckpointError:
+                continue
+            return step
+    return None
+
+
+def offer(good: int | None) -> str:
+    """What to do about a damaged checkpoint."""
+    return f"step {good} is intact: restore that one" if good is not None else "no other checkpoint is intact"
 
 
 def refuse(account: Account) -> CheckpointError:

@@ -6,10 +6,11 @@ import enum
 import functools
 import inspect
 import itertools
+import math
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 
@@ -35,7 +36,7 @@ def members(hint: Any) -> tuple[Any, ...]:
 
 
 def accepts(hint: Any, value: Any) -> bool:
-    """Whether a value fits a type hint. An int fits a float, a bool no number; kinds not known here take all."""
+    """Whether a value fits a type hint. An int fits a float, a bool no number, NaN nothing; unknown kinds take all."""
     choices = members(hint)
     if len(choices) > 1:
         return any(accepts(choice, value) for choice in choices)
@@ -49,11 +50,13 @@ def accepts(hint: Any, value: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     if hint is float:
-        return isinstance(value, int | float)
+        return isinstance(value, int | float) and not math.isnan(value)
     return isinstance(value, hint)
 
 
 def _accepts_generic(origin: Any, args: tuple[Any, ...], value: Any) -> bool:
+    if origin is Callable:
+        return callable(value)
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in args)
     if origin is tuple:
@@ -81,6 +84,8 @@ def type_name(hint: Any) -> str:
     if len(choices) > 1:
         return " | ".join(type_name(choice) for choice in choices)
     hint = choices[0]
+    if typing.get_origin(hint) is Callable:
+        return "function"
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
@@ -114,7 +119,8 @@ def wrong_types(config: Any, prefix: str = "") -> Iterator[str]:
     for field in dataclasses.fields(config):
         hint, value = annotations[field.name], getattr(config, field.name)
         if not accepts(hint, value):
-            yield f"{prefix}{field.name} is {short(value)} ({type(value).__name__}); expected {type_name(hint)}"
+            kind = "not a number" if value != value else type(value).__name__
+            yield f"{prefix}{field.name} is {short(value)} ({kind}); expected {type_name(hint)}"
         for name, part in parts(value):
             yield from wrong_types(part, f"{prefix}{field.name}{name}.")
 

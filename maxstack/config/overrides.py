@@ -4,11 +4,12 @@ import contextlib
 import dataclasses
 import difflib
 import io
-from collections.abc import Iterator, Sequence
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from maxstack.config.errors import UserError
-from maxstack.config.fields import hints, is_config, meanings, members, type_name
+from maxstack.config.fields import accepts, hints, is_config, meanings, members, type_name
 
 _REFUSED = object()
 
@@ -63,8 +64,9 @@ def _print_help(config: Any, prog: str) -> None:
 
     with contextlib.suppress(SystemExit):
         tyro.cli(
-            type(config), args=["--help"], default=config, prog=prog, config=(tyro.conf.AvoidSubcommands,)
-        )
+            type(config), args=["--help"], default=config, prog=prog, config=(tyro.conf.AvoidSubcommands,),
+            registry=_registry(),
+        )  # fmt: skip
     choices = [
         (name, place)
         for name, place in _places(config).items()
@@ -77,6 +79,25 @@ def _print_help(config: Any, prog: str) -> None:
         print(f"  --{name} {{{','.join(type_name(choice) for choice in members(place.hint))}}}")
         print(f"        {place.meaning} (default: {now})")
     raise SystemExit(0)
+
+
+def _registry() -> Any:
+    """Tyro's rules, and one for `str | Callable`: a word is the name; a function can only be set in the run file."""
+    from tyro import constructors
+
+    def rule(info: constructors.PrimitiveTypeInfo) -> constructors.PrimitiveConstructorSpec | None:
+        choices = members(info.type)
+        if str not in choices or not any(typing.get_origin(choice) is Callable for choice in choices):
+            return None
+        return constructors.PrimitiveConstructorSpec(
+            nargs=1, metavar="NAME", instance_from_str=lambda words: words[0],
+            is_instance=lambda value: isinstance(value, str) or callable(value),
+            str_from_instance=lambda value: [getattr(value, "__name__", value)],
+        )  # fmt: skip
+
+    registry = constructors.ConstructorRegistry()
+    registry.primitive_rule(rule)
+    return registry
 
 
 def _given(argv: Sequence[str], prog: str) -> list[tuple[str, tuple[str, ...]]]:
@@ -186,7 +207,7 @@ def _read(name: str, values: tuple[str, ...], places: dict[str, _Place], prog: s
     if bool in members(place.hint) and not values:
         return place, True
     value = _parsed(name, values, place)
-    if value is _REFUSED:
+    if value is _REFUSED or not accepts(place.hint, value):  # tyro takes NaN for a number
         given = " ".join(values) if values else "no value"
         raise UserError(f"--{name}: {given!r}; expected {type_name(place.hint)} (now {place.value!r})")
     return place, value
@@ -199,7 +220,7 @@ def _parsed(name: str, values: tuple[str, ...], place: _Place) -> Any:
         return values[0]  # also when it begins with a dash
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            return tyro.cli(place.hint, args=values, console_outputs=False)
+            return tyro.cli(place.hint, args=values, console_outputs=False, registry=_registry())
     except SystemExit:
         return _REFUSED
     except tyro.constructors.UnsupportedTypeAnnotationError as error:

@@ -1,8 +1,12 @@
-"""Configurations as JSON, for checkpoints: classes go by name, and a name leads only to dataclasses of maxstack."""
+"""Configurations as JSON, for checkpoints: classes go by name, and a name leads only to dataclasses of maxstack.
+
+Classes and functions of the user's own go by name too, once `register` has let them in.
+"""
 
 import dataclasses
 import enum
 import importlib
+import inspect
 import json
 import math
 from pathlib import Path, PurePath
@@ -12,18 +16,18 @@ from maxstack.config.errors import UserError
 from maxstack.config.fields import is_config, short, wrong_types
 
 _PACKAGE = "maxstack."
-_REGISTERED: dict[str, type] = {}
+_REGISTERED: dict[str, Any] = {}
 
 
-def register[T](cls: type[T], name: str | None = None) -> type[T]:
-    """Lets `from_dict` build this dataclass or Enum of the user's; also for a class that moved, by its old name.
+def register[T](thing: T, name: str | None = None) -> T:
+    """Lets `from_dict` find this dataclass, Enum or function of the user's; also one that moved, by its old name.
 
-    Returns the class, so it serves as a decorator. Raises UserError when the name is another class's already.
+    Returns it, so it serves as a decorator. Raises UserError when the name is another's already.
     """
-    name = name or _class_name(cls)
-    if _REGISTERED.setdefault(name, cls) is not cls:
+    name = name or _full_name(thing)
+    if _REGISTERED.setdefault(name, thing) is not thing:
         raise UserError(f"{name} is registered for another class, {_REGISTERED[name]}")
-    return cls
+    return thing
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -74,20 +78,25 @@ def from_dict(data: Any) -> Any:
     return config
 
 
-def _class_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+def _full_name(thing: Any) -> str:
+    """The name of a class or function."""
+    return f"{thing.__module__}.{thing.__qualname__}"
 
 
 def _encode(value: Any, place: str) -> Any:
     if is_config(value):
-        if _find_class(_class_name(type(value)), place) is not type(value):
-            raise UserError(f"{place}: another class has the name {_class_name(type(value))}")
+        if _find_class(_full_name(type(value)), place) is not type(value):
+            raise UserError(f"{place}: another class has the name {_full_name(type(value))}")
         names = [field.name for field in dataclasses.fields(value) if field.init]
         items = {name: _encode(getattr(value, name), f"{place}.{name}") for name in names}
-        return {"class": _class_name(type(value)), **items}
+        return {"class": _full_name(type(value)), **items}
     if isinstance(value, enum.Enum):
-        _find_class(_class_name(type(value)), place)
-        return {"enum": _class_name(type(value)), "name": value.name}
+        _find_class(_full_name(type(value)), place)
+        return {"enum": _full_name(type(value)), "name": value.name}
+    if inspect.isfunction(value):
+        if _function(_full_name(value), place) is not value:
+            raise UserError(f"{place}: another function has the name {_full_name(value)}")
+        return {"function": _full_name(value)}
     if isinstance(value, tuple):
         return [_encode(item, f"{place}.{i}") for i, item in enumerate(value)]
     if isinstance(value, list):
@@ -113,6 +122,8 @@ def _decode(value: Any, place: str) -> Any:
         return _decode_config(value, place)
     if "enum" in value:
         return _find_class(value["enum"], place)[value["name"]]
+    if "function" in value:
+        return _function(value["function"], place)
     if "list" in value:
         return list(_decode(value["list"], place))
     if "dict" in value:
@@ -138,6 +149,14 @@ def _decode_config(value: dict[str, Any], place: str) -> Any:
         return cls(**items)
     except TypeError as error:  # fields without default are absent
         raise UserError(f"{place or 'configuration'}: {error}") from error
+
+
+def _function(name: Any, place: str) -> Any:
+    """The registered function of that name; none but these, or a name would lead to any code."""
+    found = _REGISTERED.get(name) if isinstance(name, str) else None
+    if not inspect.isfunction(found):
+        raise UserError(f"{place}: {name} is not a registered function; it needs maxstack.config.register")
+    return found
 
 
 def _find_class(name: Any, place: str) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 
 from maxstack.config.errors import UserError
 from maxstack.config.fields import is_config, short, wrong_types
+from maxstack.config.files import write_atomically
 
 _WIDTH = 110  # of a line in a written run file
 
@@ -68,9 +69,14 @@ def load_run(path: str | Path, expected: type | None = None) -> Any:
 
 def _import_run_file(path: Path) -> types.ModuleType:
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=3)
-        hint = f"; in that folder there is {', '.join(near)}" if near else ""
-        raise UserError(f"{path}: no such run file{hint}")
+        folder = path if path.is_dir() else path.parent
+        files = sorted(p.name for p in folder.glob("*.py"))
+        near = files if path.is_dir() else difflib.get_close_matches(path.name, files, n=3) or files
+        hint = (
+            f"; in that folder there is {', '.join(near[:8])}" if near else "; that folder holds no .py file"
+        )
+        what = "a folder, not a run file" if path.is_dir() else "no such run file"
+        raise UserError(f"{path}: {what}{hint}")
     path = path.resolve()
     name = f"maxstack_run_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_loader(name, _RunFile(path))
@@ -86,10 +92,12 @@ def _run_user_code(path: Path, function: Any, *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except SyntaxError as error:
-        where = f"{error.filename or path}:{error.lineno}"
-        raise UserError(f"{where}: {error.msg}: {(error.text or '').strip()}") from error
+        where = f"{error.filename or path}:{error.lineno}" if error.lineno else f"{path}: not Python"
+        text = f": {error.text.strip()}" if error.text else ""
+        raise UserError(f"{where}: {error.msg}{text}") from error
     except (
-        Exception
+        Exception,
+        SystemExit,
     ) as error:  # the user's code may raise anything; all of it is the user's to see, with its line
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path.resolve())]
         where = f"{path}:{frames[-1].lineno}" if frames else str(path)
@@ -106,15 +114,7 @@ def write_run(config: Any, path: str | Path) -> Path:
     path = Path(path)
     text = run_text(config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, text.encode())
     return path
 
 

@@ -74,7 +74,8 @@ def _sync(path: Path) -> None:
 
 
 def _explain(target: Path, error: OSError) -> str:
-    if error.filename and not Path(error.filename).is_relative_to(target.parent):
+    named = Path(error.filename) if error.filename else target
+    if not (named.is_relative_to(target.parent) or target.is_relative_to(named)):
         return f"cannot read {error.filename}: {error.strerror or error}"
     existing = next(folder for folder in target.parents if folder.exists())
     free = shutil.disk_usage(existing).free

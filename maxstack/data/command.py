@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from maxstack.config import UserError, load_run, override
+from maxstack.config import UserError, load_run, override, result_folder
 from maxstack.data.config import DataConfig
 from maxstack.data.corpora import CORPORA
 from maxstack.data.prepare import PreparedData, prepare, prepare_into
@@ -55,13 +55,18 @@ def main(argv: Sequence[str]) -> int:
 
 def _prepare(recipe: str, out: str | None, overrides: list[str]) -> None:
     config: Any = override(load_run(recipe), overrides, f"maxstack data prepare {recipe}")
+    if out == "":
+        raise UserError("--out is empty: name a folder, or leave --out away to prepare into the cache")
     data = config if isinstance(config, DataConfig) else getattr(config, "data", None)
     if not isinstance(data, DataConfig):
         raise UserError(
             f"{recipe}: config() gives a {type(config).__name__}, neither a DataConfig nor a run with data"
         )
     with shown() as report:
-        prepared: PreparedData = prepare_into(data, Path(out), report) if out else prepare(data, report)
+        if out is None:
+            prepared: PreparedData = prepare(data, report)
+        else:
+            prepared = prepare_into(data, result_folder(Path(out), "--out"), report)
     for source in prepared.sources.values():
         print(describe(source))
 

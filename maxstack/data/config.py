@@ -1,6 +1,5 @@
 """What the user sets about data."""
 
-import codecs
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +20,14 @@ class TokenizerConfig:
     """Token put before each document: "bos" (the tokenizer's own, if it has one), "none", or a vocabulary entry."""
     end: str = "eos"
     """Token put after each document: "eos" (the tokenizer's own, if it has one), "none", or a vocabulary entry."""
+
+    def __post_init__(self) -> None:
+        if not self.path and self.vocab_size < 257:
+            raise ValueError(
+                f"tokenizer.vocab_size {self.vocab_size} must be at least 257: 256 bytes and one special"
+            )
+        if self.sample_bytes < 1:
+            raise ValueError(f"tokenizer.sample_bytes {self.sample_bytes} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,8 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(f"source name {self.name!r} must be a plain word: it names a folder")
+        if not self.paths or not all(self.paths):
+            raise ValueError(f"source {self.name!r}: an empty path; name a file, folder, glob or corpus:NAME")
         if self.weight < 0:
             raise ValueError(f"source {self.name!r}: weight {self.weight} must not be negative")
         if not 0 <= self.held_out_fraction < 1:
@@ -65,7 +74,7 @@ class SourceConfig:
             )
         if self.encoding:
             try:
-                codecs.lookup(self.encoding)
+                "".encode(self.encoding)
             except LookupError as error:
                 raise ValueError(f"source {self.name!r}: {error}") from error
         if self.split_documents_bytes < 0:

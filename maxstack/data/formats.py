@@ -22,6 +22,7 @@ TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet",)
 _CHUNK = 2**20
+_MEND = "mend it, or set invalid=skip"
 
 
 class Document(NamedTuple):
@@ -55,13 +56,16 @@ def find_files(path: str) -> list[Path]:
         found = sorted(Path(name) for name in glob.glob(str(Path(path).expanduser()), recursive=True))
         files = [file for file in found if file.is_file()]
         if not files:
-            raise UserError(f"no file matches {path!r}")
+            raise UserError(f"no file matches {path!r}; a relative path starts from {Path.cwd()}")
         return files
     place = Path(path).expanduser()
     if place.is_file():
         return [place]
     if not place.is_dir():
-        raise UserError(f"{path!r} is neither a file nor a folder; a fetched corpus is written corpus:NAME")
+        raise UserError(
+            f"{path!r} is neither a file nor a folder; a relative path starts from {Path.cwd()}, a fetched corpus is "
+            "written corpus:NAME"
+        )
     files = sorted(file for file in place.rglob("*") if file.is_file() and _kind(file) is not None)
     if not files:
         known = " ".join((*TEXT_SUFFIXES, *JSONL_SUFFIXES, *PARQUET_SUFFIXES))
@@ -159,18 +163,18 @@ def _json_text(line: str, source: SourceConfig, where: str, counts: ReadCounts) 
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        return _refuse(source, counts, f"{where}: not JSON: {error.msg} at character {error.colno}")
+        return _refuse(source, counts, f"{where}: not JSON: {error.msg} at character {error.colno}; {_MEND}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+        return _refuse(source, counts, f"{where}: JSON that cannot be read: {error}; {_MEND}")
     if not isinstance(row, dict):
         return _refuse(
-            source, counts, f"{where}: a JSON {type(row).__name__}, expected an object with {keys}"
+            source, counts, f"{where}: a JSON {type(row).__name__}, expected an object with {keys}; {_MEND}"
         )
     found = next((row[key] for key in source.text_keys if key in row), None)
     if not isinstance(found, str):
-        had = (
-            f"its keys are {', '.join(map(repr, row)) or 'none'}"
-            if found is None
-            else f"it is {type(found).__name__}"
-        )
+        present = any(key in row for key in source.text_keys)
+        kind = "null" if found is None else type(found).__name__
+        had = f"it is {kind}" if present else f"its keys are {', '.join(map(repr, row)) or 'none'}"
         return _refuse(
             source, counts, f"{where}: no text under {keys}; {had}. Set text_keys, or invalid=skip"
         )
@@ -198,7 +202,7 @@ def _read_parquet(source: SourceConfig, file: Path, counts: ReadCounts) -> Itera
                         _refuse(
                             source,
                             counts,
-                            f"{file}:{row}: no text in column {column!r}: {type(value).__name__}",
+                            f"{file}:{row}: no text in column {column!r}, but {type(value).__name__}; {_MEND}",
                         )
     except pyarrow.ArrowException as error:
         raise UserError(f"{file}: not a readable Parquet file, after row {row}: {error}") from error

@@ -104,7 +104,7 @@ class Scan:
         if not hashes:
             left_out = f"{self.counts.empty} blank and {self.counts.skipped} unreadable documents left out"
             raise UserError(
-                f"source {name!r} is empty: {len(source.files)} files at {source.source.path}, {left_out}"
+                f"source {name!r} is empty: {len(source.files)} files at {source.source.path}, {left_out}; give it text"
             )
         report(Progress("read", name, done, done))
         self.hashes = np.array(hashes, np.uint64)

@@ -227,7 +227,9 @@ def _checksum(meta: dict[str, Any]) -> str:
 def _read_meta(folder: Path) -> dict[str, Any]:
     file = folder / META
     if not file.is_file():
-        raise UserError(f"{folder} is no prepared folder: it has no {META}")
+        raise UserError(
+            f"{folder} is no prepared folder: it has no {META}; `maxstack data prepare` makes one"
+        )
     try:
         meta = json.loads(file.read_bytes())
     except ValueError as error:

@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from maxstack.config import UserError
+from maxstack.config import UserError, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES = "bytes"
@@ -97,11 +97,9 @@ class Tokenizer:
             **self.settings,
             **names,
         }
-        (target / TOKENIZER_FILE).write_text(self.definition, encoding="utf-8")
-        (target / CONFIG_FILE).write_text(
-            json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8"
-        )
-        (target / SPECIALS_FILE).write_text(json.dumps(names, indent=2, ensure_ascii=False), encoding="utf-8")
+        write_atomically(target / TOKENIZER_FILE, self.definition.encode())
+        for file, content in ((CONFIG_FILE, settings), (SPECIALS_FILE, names)):
+            write_atomically(target / file, json.dumps(content, indent=2, ensure_ascii=False).encode())
 
     def __reduce__(self):
         return Tokenizer, (self.definition, self.settings)

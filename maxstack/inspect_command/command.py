@@ -63,8 +63,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     for name, least in (("rows", 0), ("step", 0), ("seq_len", 2), ("devices", 1)):
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+        if value is not None and not least <= value < 2**31:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {least} to 2**31 - 1")
     place = place_of(args.path)
     try:
         found, rows = INSPECTORS[place.kind](place, args)

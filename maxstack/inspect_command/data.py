@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import unicodedata
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from maxstack.data.packing import Piece, empty_batch, fill_row
 from maxstack.data.prepare import PreparedData
 from maxstack.data.store import META, PreparedSource, Split
 from maxstack.inspect_command.facts import Facts
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +134,10 @@ def prepared_of(config: DataConfig, fingerprints: dict[str, str], tokenizer: Pat
                     sources[source.name] = found
     if len(sources) < len(config.sources) or not tokenizer.is_dir():
         return None
-    return PreparedData(load_tokenizer(tokenizer), sources)
+    own = next(iter(sources.values())).tokenizer  # the ids belong to this one
+    if load_tokenizer(tokenizer).fingerprint != own.fingerprint:
+        log.warning("%s is not the tokenizer of the data that the run was trained on", tokenizer)
+    return PreparedData(own, sources)
 
 
 def decoded(batch: Batch, tokenizer: Tokenizer) -> list[list[Span]]:
@@ -140,13 +146,13 @@ def decoded(batch: Batch, tokenizer: Tokenizer) -> list[list[Span]]:
     rows = []
     for tokens, segments, weights in zip(batch.tokens, batch.segment_ids, batch.weights, strict=True):
         keys = [
-            (int(segment), bool(weight > 0), special[int(token)] and segment > 0)
+            (int(segment), bool(weight > 0), bool(special[int(token)] and segment > 0))
             for token, segment, weight in zip(tokens, segments, weights, strict=True)
         ]
         spans = []
         for (segment, counted, named), group in itertools.groupby(range(len(tokens)), keys.__getitem__):
             ids = [int(tokens[index]) for index in group]
-            spans.append(Span(segment, counted, bool(named), len(ids), _text(tokenizer, ids, segment, named)))
+            spans.append(Span(segment, counted, named, len(ids), _text(tokenizer, ids, segment, named)))
         rows.append(spans)
     return rows
 

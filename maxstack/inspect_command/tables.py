@@ -227,7 +227,7 @@ def number(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def si(value: float) -> str:
+def si(value: int | float) -> str:
     """FLOPs with a unit of a thousand's power."""
     for unit in ("", "k", "M", "G", "T"):
         if value < 1000 or unit == "T":
@@ -236,7 +236,7 @@ def si(value: float) -> str:
     return ""
 
 
-def binary(value: float) -> str:
+def binary(value: int | float) -> str:
     """Bytes with a unit of 1024's power."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:

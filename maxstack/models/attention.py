@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from maxstack.config import UserError
 from maxstack.kernels.attention import Implementation, attention
@@ -21,6 +21,11 @@ class Context(NamedTuple):
     segment_ids_bt: Int[Array, "b t"] | None
     implementation: Implementation = "auto"
     collect: tuple[str, ...] = ()
+
+    @property
+    def real_bt(self) -> Bool[Array, "b t"] | None:
+        """Which tokens are no padding; None where all count."""
+        return None if self.segment_ids_bt is None else self.segment_ids_bt > 0
 
 
 class KVCache(NamedTuple):

@@ -9,14 +9,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from maxstack.config import UserError
-from maxstack.models.attention import AttentionConfig, Context, KVCache
+from maxstack.models.attention import AttentionConfig, Context
 from maxstack.models.feed_forward import Aux, FeedForwardConfig
 from maxstack.models.layers import Identity, LayerNormConfig, NormConfig, RMSNormConfig
-from maxstack.models.mla import LatentCache, MLAConfig
+from maxstack.models.mla import MLAConfig
 from maxstack.models.moe import MoEConfig
 from maxstack.models.rope import RopeConfig, RopeTables
 
-Cache = KVCache | LatentCache
+# A pytree that the attention's config makes: KVCache, LatentCache, or one of a user's own.
+Cache = Any
 
 
 @runtime_checkable
@@ -81,7 +82,7 @@ class Block(nnx.Module):
 
         self.attention_norm, self.attention_post_norm = norm(config.pre_norm), norm(config.post_norm)
         self.feed_forward_norm, self.feed_forward_post_norm = norm(config.pre_norm), norm(config.post_norm)
-        # Any: parts of a user's own take the caches that their own config makes.
+        # Any: a module's call is not part of its type.
         self.attention: Any = config.attention.build(attention_key, width, residual_scale)
         self.feed_forward: Any = config.feed_forward.build(feed_forward_key, width, residual_scale)
         self.multiplier = config.residual_multiplier
@@ -93,11 +94,15 @@ class Block(nnx.Module):
         attended, cache = self.attention(self.attention_norm(x), tables, context, cache)
         attended = self.attention_post_norm(attended)
         x = x + (attended if self.multiplier == 1.0 else attended * self.multiplier)
-        real = None if context.segment_ids_bt is None else context.segment_ids_bt > 0
-        fed, aux = self.feed_forward(self.feed_forward_norm(x), real)
+        fed, aux = self.feed_forward(self.feed_forward_norm(x), context.real_bt)
         fed = self.feed_forward_post_norm(fed)
         x = x + (fed if self.multiplier == 1.0 else fed * self.multiplier)
         seen = {"attention": attended, "feed_forward": fed, "residual": x}
-        if unknown := set(context.collect) - seen.keys():
-            raise UserError(f"collect: no activation {sorted(unknown)}; a block has {sorted(seen)}")
-        return x, cache, aux | {f"tap.{name}": seen[name] for name in context.collect}
+        return x, cache, aux | taps(context, seen)
+
+
+def taps(context: Context, seen: Aux) -> Aux:
+    """Of the activations that a block has `seen`, those that were asked for. Raises UserError for one it has not."""
+    if unknown := set(context.collect) - seen.keys():
+        raise UserError(f"collect: no activation {sorted(unknown)}; a block has {sorted(seen)}")
+    return {f"tap.{name}": seen[name] for name in context.collect}

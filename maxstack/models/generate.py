@@ -1,6 +1,7 @@
 """Sampling from a model: one compiled prefill a prompt length bucket, one compiled step for all settings."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -35,12 +36,16 @@ class GenerateConfig:
     def __post_init__(self):
         if self.max_tokens < 1:
             raise UserError(f"max_tokens is {self.max_tokens}: it must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}: it must be 0 (likeliest token) or more")
+        if not 0 <= self.temperature < math.inf:  # refuses NaN too
+            raise UserError(
+                f"temperature is {self.temperature}: it must be 0 (likeliest token) or more, and finite"
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p is {self.top_p}: it must be in (0, 1]")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}: it must be 0 (all tokens) or more")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}: it must be 0 to 2**32 - 1")
 
 
 def choose(
@@ -96,21 +101,29 @@ def generate(
     config: GenerateConfig,
     stop: frozenset[int] = frozenset(),
 ) -> Iterator[list[int | None]]:
-    """Yield one new token id per prompt at a time; None for a prompt that has stopped (a stop id is not yielded).
+    """One new token id per prompt at a time; None for a prompt that has stopped (a stop id is not given).
 
-    Raises UserError for an empty prompt or one that with its answer exceeds the model's longest sequence.
+    Raises UserError, before the first token is asked for, for an empty prompt or one that with its answer exceeds the
+    model's longest sequence.
     """
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths, default=0) < 1:
         raise UserError(
             "a prompt has no tokens: give it at least one character, or the tokenizer a start token"
         )
-    room = bucket(max(lengths)) + config.max_tokens
     if max(lengths) + config.max_tokens > model.config.max_length:
         raise UserError(
             f"prompt of {max(lengths)} tokens and max_tokens {config.max_tokens} exceed the model's "
             f"{model.config.max_length} tokens: shorten the prompt or lower max_tokens"
         )
+    return _tokens(model, prompts, config, stop)
+
+
+def _tokens(
+    model: Transformer, prompts: Sequence[Sequence[int]], config: GenerateConfig, stop: frozenset[int]
+) -> Iterator[list[int | None]]:
+    lengths = [len(prompt) for prompt in prompts]
+    room = bucket(max(lengths)) + config.max_tokens
     padded = np.zeros((len(prompts), bucket(max(lengths))), np.int32)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt

@@ -57,10 +57,11 @@ def main(argv: Sequence[str]) -> int:
             f"{args.model}: no tokenizer beside the checkpoints, so there is no way to read a prompt"
         )
     ids = prompt_ids(tokenizer, args.prompt)
+    tokens = generate(model, [ids], config, stop_ids(tokenizer))
     print(args.prompt, end="", flush=True)
     start, new = time.perf_counter(), []
     shown = ""
-    for [token] in generate(model, [ids], config, stop_ids(tokenizer)):
+    for [token] in tokens:
         if token is None:
             break
         new.append(token)

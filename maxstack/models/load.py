@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from maxstack import checkpoint
+from maxstack.checkpoint import CheckpointError
 from maxstack.config import UserError, from_dict
 from maxstack.data.tokenizer import Tokenizer, load_tokenizer
 from maxstack.models import tree
@@ -21,46 +22,65 @@ def load(
     """Model and tokenizer of a run folder or of one of its checkpoints; the tokenizer is None where none was saved.
 
     `step` picks a checkpoint (the newest by default), `dtype` the compute type, `averaged` the moving average of the
-    weights in place of the weights. Raises UserError when there is nothing to read, CheckpointError when it is damaged.
+    weights in place of the weights. Raises UserError when there is nothing to read or the tokenizer is another one than
+    the checkpoint's, CheckpointError when it is damaged.
     """
-    folder = checkpoint_folder(Path(path))
-    config = model_config(folder, step)
+    place = checkpoint_place(Path(path), step)
+    checkpoint.check(place)  # before anything it says is believed
+    config = model_config(place)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
     abstract = tree.abstract(lambda: config.build(jax.random.key(0)))
     shapes = tree.leaves(abstract)
     buffers = tree.buffer_names(abstract)
     group = "ema" if averaged else "params"
+    if averaged and not any(name.startswith("ema/") for name in checkpoint.describe(place).arrays):
+        raise UserError(
+            f"{place} keeps no average of the weights: train with --optim.ema-decay, or take the weights"
+        )
     target = {
         group: {name: shape for name, shape in shapes.items() if name not in buffers},
         "buffers": {name: shapes[name] for name in buffers},
     }
-    state, _ = checkpoint.restore_partial(folder, target, step=step)
+    state, _ = checkpoint.restore_partial(place, target, strict=True, verify_by="none")  # checked above
     arrays = {**state[group], **state.get("buffers", {})}
     model = tree.rebuild(abstract, {name: jnp.asarray(array) for name, array in arrays.items()})
-    return model, run_tokenizer(folder)
+    return model, run_tokenizer(place)
 
 
-def checkpoint_folder(path: Path) -> Path:
-    """Where the checkpoints of a run folder, a checkpoint folder or a single checkpoint lie."""
+def checkpoint_place(path: Path, step: int | None = None) -> Path:
+    """The folder of one checkpoint, given it, a folder of checkpoints or a run folder. UserError when not there."""
     if not path.exists():
         raise UserError(f"{path}: no such folder; give a run folder, one that `maxstack train` wrote")
-    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    try:
+        return checkpoint.locate(path, step)
+    except CheckpointError as error:  # not damaged: asked for in the wrong place
+        raise UserError(
+            f"{error}; give a run folder, one that `maxstack train` wrote, and a step it has"
+        ) from error
 
 
-def model_config(folder: Path, step: int | None = None) -> TransformerConfig:
+def model_config(place: Path) -> TransformerConfig:
     """The model's configuration as the checkpoint keeps it."""
-    meta = checkpoint.read_meta(folder, step)
+    meta = checkpoint.read_meta(place)
     if "model" not in meta:
         raise UserError(
-            f"{folder}: this checkpoint does not say what model it holds; it was not written by training"
+            f"{place}: this checkpoint does not say what model it holds; it was not written by training"
         )
     return from_dict(meta["model"])
 
 
-def run_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer saved beside the checkpoints."""
-    for parent in (folder, *folder.parents[:2]):
+def run_tokenizer(place: Path) -> Tokenizer | None:
+    """The tokenizer saved beside the checkpoints. Raises UserError when it is not the one that the model learned."""
+    for parent in (place, *place.parents[:2]):
         if (parent / "tokenizer" / "tokenizer.json").exists():
-            return load_tokenizer(str(parent / "tokenizer"))
+            tokenizer = load_tokenizer(str(parent / "tokenizer"))
+            learned = checkpoint.read_meta(place).get("tokenizer", tokenizer.fingerprint)
+            if learned != tokenizer.fingerprint:
+                raise UserError(
+                    f"{parent / 'tokenizer'} ({tokenizer.fingerprint[:12]}) is not the tokenizer that {place} was "
+                    f"trained with ({learned[:12]}): token ids would mean other text. Put that one back; it lies in "
+                    "the run's prepared data, and resuming the run writes it again"
+                )
+            return tokenizer
     return None

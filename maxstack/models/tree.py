@@ -13,11 +13,19 @@ from maxstack.models.layers import Buffer
 Leaves = dict[str, Any]
 
 
-def named_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """Every variable under its dotted name ("stacks.0.layers.0.attention.q.w"), in the order of the tree."""
+def named_variables(model: nnx.Module | nnx.Variable) -> dict[str, nnx.Variable]:
+    """Every variable under its dotted name ("stacks.0.layers.0.attention.q.w"), in the order of the tree.
+
+    Raises TypeError for a bare array: it has no logical axes.
+    """
     found, _ = jax.tree_util.tree_flatten_with_path(
         model, is_leaf=lambda node: isinstance(node, nnx.Variable)
     )
+    for path, leaf in found:
+        if not isinstance(leaf, nnx.Variable):
+            raise TypeError(
+                f"{dotted(path)} is a bare {type(leaf).__name__}: make it with layers.weight, layers.constant or Buffer"
+            )
     return {dotted(path): variable for path, variable in found}
 
 
@@ -95,13 +103,13 @@ def replace[M: nnx.Module](model: M, changes: Mapping[str, Any]) -> M:
     """A copy of `model` with the parts under some dotted names changed; unchanged arrays are shared.
 
     `{"stacks.0.layers.0.attention": new}` changes the attention of all layers at that place of the pattern: they are
-    one module whose weights have a leading axis, and so must the new one's. Raises UserError for an unknown name, and
-    TypeError for a bare array: it would be no leaf of the tree (give a Weight, or change values with `rebuild`).
+    one module whose weights have a leading axis, and so must the new one's. Raises UserError for an unknown name and a
+    new part without that axis, TypeError for a bare array (give a Weight, or change values with `rebuild`).
     """
     leaves_, treedef = jax.tree.flatten(model)
     copy = jax.tree.unflatten(treedef, leaves_)
     for path, new in changes.items():
-        part(copy, path)
+        check_stacking(path, part(copy, path), new)
         if isinstance(new, jax.Array):
             raise TypeError(f"{path}: a bare array is no leaf of a model; give a Weight, or use tree.rebuild")
         above, _, last = path.rpartition(".")
@@ -111,3 +119,22 @@ def replace[M: nnx.Module](model: M, changes: Mapping[str, Any]) -> M:
         else:
             setattr(parent, last, new)
     return copy
+
+
+def check_stacking(path: str, old: Any, new: Any) -> None:
+    """Raise UserError when the arrays of a new part are not stacked over layers as the old part's are."""
+    if not (isinstance(old, nnx.Module | nnx.Variable) and isinstance(new, nnx.Module | nnx.Variable)):
+        return
+    before, after = stacking(old), stacking(new)
+    if before and after and before != after:
+        raise UserError(
+            f"{path}: its arrays have leading axes {sorted(before)} over layers, the new ones {sorted(after)}: build "
+            "the new part with jax.vmap over as many keys"
+        )
+
+
+def stacking(module: nnx.Module | nnx.Variable) -> set[tuple[int, ...]]:
+    """The sizes of the axes that stacking put in front of a part's arrays."""
+    variables = named_variables(module).values()
+    shapes = [(v.get_raw_value().shape, len(v.get_metadata()["axes"])) for v in variables]
+    return {shape[: len(shape) - own] for shape, own in shapes}

@@ -7,10 +7,10 @@ of the largest thing that is there for a moment; the compiler's own figure is wh
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh
 
 from maxstack import sharding
 from maxstack.models.account import layers
@@ -53,7 +53,7 @@ def run_memory(run: RunConfig, devices: int) -> Memory:
     """Memory of a training run on `devices` devices. Raises UserError when its mesh or its sizes do not divide."""
     mesh = AbstractMesh(run.mesh.sizes(devices), sharding.MESH_AXES)
     # Only sizes are asked of the mesh: the plan needs no devices.
-    plan = layout(run.model, run.optim, cast(Mesh, mesh), zero=run.mesh.zero, steps=run.steps)
+    plan = layout(run.model, run.optim, mesh, zero=run.mesh.zero, steps=run.steps)
     state = state_memory(plan, run.model)
     tokens = run.batch_rows // run.micro_batches * run.data.seq_len
     local = -(-tokens // math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES))

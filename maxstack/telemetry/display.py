@@ -1,6 +1,8 @@
 """Progress of a run in the terminal: redrawn in place on a terminal, plain lines elsewhere."""
 
+import contextlib
 import math
+import os
 import time
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -90,8 +92,16 @@ class Display:
         self._print(Text(printable(text)))
 
     def _print(self, text: Text) -> None:
-        if self.mode != "off":
+        if self.mode == "off":
+            return
+        try:
             self.console.print(text, soft_wrap=True, highlight=False)
+        except (OSError, SystemExit):
+            # Rich exits where the reader has left (`| head`); training goes on unseen.
+            self.mode = "off"
+            with contextlib.suppress(OSError, ValueError):
+                stream = self.console.file.fileno()
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
     def render(self) -> RenderableType:
         """The display as it is now."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from maxstack.telemetry.rows import write_atomically
+from maxstack.config import write_atomically
 
 ACTIVITIES = ("compile", "data", "step", "save", "evaluate", "sample", "lost", "idle")
 """In the order of a report. `lost` are steps done again after a crash, `idle` is what no timer covers."""
@@ -98,7 +98,7 @@ def _known(activity: str) -> str:
 
 def _read(path: Path | None) -> dict[str, Any]:
     """The report of the run before; an unreadable one counts as none, for it is only a statistic."""
-    if path is None or not path.exists():
+    if path is None or not path.is_file():
         return {}
     try:
         report = json.loads(path.read_bytes())

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from maxstack.config import RunError
+from maxstack.config import RunError, cannot_write, write_atomically
 
 Row = dict[str, Any]
 
@@ -24,9 +24,12 @@ class MetricsFile:
         self.path = Path(path)
         self.dropped: list[Row] = []
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
+        if self.path.is_file():
             self._reopen(resume_step)
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunError(cannot_write(self.path, error)) from error
 
     def _reopen(self, resume_step: int | None) -> None:
         content = self.path.read_bytes()
@@ -52,9 +55,7 @@ class MetricsFile:
                 os.write(self._file, data[written:])
         except OSError as error:
             os.ftruncate(self._file, size)
-            raise RunError(
-                f"cannot write to {self.path}: {error.strerror}. Free some space and resume"
-            ) from error
+            raise RunError(cannot_write(self.path, error)) from error
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -87,20 +88,6 @@ def encode(row: Mapping[str, Any]) -> str:
     odd: dict[str, str] = {}
     plain = {key: _plain(value, str(key), odd) for key, value in row.items()}
     return json.dumps(plain | ({"non_finite": odd} if odd else {}), ensure_ascii=False, allow_nan=False)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file as a whole: readers and crashes see the old content or the new."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _parsed(line: bytes) -> Row | None:

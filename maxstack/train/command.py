@@ -1,8 +1,10 @@
 """`maxstack train RUN [overrides]`: pretrain a model from a run file; the same command again resumes."""
 
+import sys
 from collections.abc import Sequence
 
 from maxstack.config import UserError, load_run, override
+from maxstack.train.stop import Stopped, StopRequest
 
 # Short names of settings that scripts use often.
 SHORT = {"--save-every": "--checkpoint.save-every", "--profile": "--telemetry.profile"}
@@ -18,18 +20,28 @@ Often used: --out DIR, --steps N, --save-every K (short for --checkpoint.save-ev
 def main(argv: Sequence[str]) -> int:
     """Run the verb; returns the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
+        print(USAGE, file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     path, *rest = argv
     if path.startswith("-"):
         raise UserError(
             f"the run file comes first, before {path}: maxstack train configs/pretrain/tiny.py {path} …"
         )
+    with StopRequest() as stop:  # from here on: importing jax alone takes seconds
+        try:
+            return _train(path, [full_name(word) for word in rest], stop)
+        except Stopped:
+            print(f"stopped by {stop.reason} before the first step; the same command goes on")
+            return 0
+
+
+def _train(path: str, overrides: Sequence[str], stop: StopRequest) -> int:
     from maxstack.train.loop import train
     from maxstack.train.run import RunConfig
 
-    run = override(load_run(path, RunConfig), [full_name(word) for word in rest], f"maxstack train {path}")
-    outcome = train(run)
+    with stop.at_once():
+        run = override(load_run(path, RunConfig), overrides, f"maxstack train {path}")
+    outcome = train(run, stop=stop)
     if outcome.stopped_by:
         print(
             f"stopped by {outcome.stopped_by} after step {outcome.step} of {run.steps}; the same command resumes"

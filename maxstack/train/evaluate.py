@@ -36,16 +36,19 @@ def evaluation_step(plan: Layout) -> Callable[[Arrays, Arrays, Batch], tuple[jax
 
 def evaluate(
     step: Callable[[Arrays, Arrays, Batch], tuple[jax.Array, jax.Array]], plan: Layout, params: Arrays,
-    buffers: Arrays, rows: HeldOut,
-) -> HeldOutLoss:  # fmt: skip
-    """The mean over all held-out rows of a source."""
-    where = sharding.batch_sharding(plan.mesh)
+    buffers: Arrays, rows: HeldOut, stopping: Callable[[], bool],
+) -> HeldOutLoss | None:  # fmt: skip
+    """The mean over all held-out rows of a source; None when it was broken off because the run is `stopping`."""
+    where = sharding.batch_sharding(plan.devices)
     sums = []
-    with jax.set_mesh(plan.mesh):
+    with jax.set_mesh(plan.devices):
         for local in rows:
+            if stopping():
+                return None
+            jax.block_until_ready(
+                sums[-1:]
+            )  # or all would be queued at once, and a stop wait for all of them
             shape = (rows.batch_rows, rows.seq_len)
-            sums.append(
-                step(params, buffers, Batch(*(sharding.global_array(where, a, shape) for a in local)))
-            )
+            sums.append(step(params, buffers, sharding.global_arrays(where, local, shape)))
     nll, tokens = (math.fsum(float(value) for value in column) for column in zip(*sums, strict=True))
     return HeldOutLoss(nll / tokens, nll / math.log(2) / rows.bytes)

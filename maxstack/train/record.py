@@ -1,5 +1,6 @@
 """Rows of metrics: what a step cost and gave, written to files and shown in the terminal."""
 
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +15,9 @@ from maxstack.models.account import Account
 from maxstack.train.evaluate import HeldOutLoss
 from maxstack.train.run import RunConfig
 
-SAVE_GOODPUT_EVERY = 25
+# Least time between two writes of goodput.json, and between two readings of memory: both cost as much as a short step.
+SAVE_GOODPUT_EVERY_S = 5.0
+READ_MEMORY_EVERY_S = 0.1
 
 
 class Recorder:
@@ -25,6 +28,8 @@ class Recorder:
         self._resumed = start > 0
         self._timer = telemetry.StepTimer()
         self._peak = telemetry.peak_flops(jax.devices()[0].device_kind, run.model.dtype)
+        self._memory, self._memory_read_at = memory_row(), time.monotonic()
+        self._goodput_saved_at = time.monotonic()
         self._files = ExitStack()
         self._writers: list[Any] = []
         self._samples: telemetry.MetricsFile | None = None
@@ -61,19 +66,20 @@ class Recorder:
 
     def step(self, step: int, results: Mapping[str, float], data_wait_seconds: float) -> dict[str, Any]:
         """Record a finished training step; returns its row."""
-        time = self._timer.tick(results["tokens"])
-        self.goodput.add("step", max(time.seconds - data_wait_seconds, 0.0))
+        took = self._timer.tick(results["tokens"])
+        self.goodput.add("step", max(took.seconds - data_wait_seconds, 0.0))
         row: dict[str, Any] = {"kind": "train", "step": step, **results}
         row |= {
-            "tokens_per_second": time.tokens_per_second, "step_seconds": time.seconds,
-            "data_wait_seconds": data_wait_seconds, **self._use(time.tokens_per_second),
+            "tokens_per_second": took.tokens_per_second, "step_seconds": took.seconds,
+            "data_wait_seconds": data_wait_seconds, **self._use(took.tokens_per_second),
         }  # fmt: skip
         if self._resumed:
             row["resumed"], self._resumed = True, False
         self._write(row)
         self._display.step(row, self._timer.seconds_left(self._run.steps - step))
-        if step % SAVE_GOODPUT_EVERY == 0 and jax.process_index() == 0:
+        if time.monotonic() - self._goodput_saved_at >= SAVE_GOODPUT_EVERY_S and jax.process_index() == 0:
             self.goodput.save()
+            self._goodput_saved_at = time.monotonic()
         return row
 
     def _use(self, tokens_per_second: float) -> dict[str, Any]:
@@ -85,11 +91,9 @@ class Recorder:
             share = telemetry.mfu(flops, tokens_per_second, devices, self._peak)
             if share is not None:
                 row[name] = share
-        host, device = telemetry.host_memory(), telemetry.device_memory()
-        return row | {
-            "host_memory_bytes": host.current_bytes, "host_memory_peak_bytes": host.peak_bytes,
-            "device_memory_bytes": device.current_bytes, "device_memory_peak_bytes": device.peak_bytes,
-        }  # fmt: skip
+        if time.monotonic() - self._memory_read_at >= READ_MEMORY_EVERY_S:
+            self._memory, self._memory_read_at = memory_row(), time.monotonic()
+        return row | self._memory
 
     def evaluation(self, step: int, losses: Mapping[str, HeldOutLoss]) -> None:
         """Record held-out losses by source."""
@@ -114,3 +118,12 @@ class Recorder:
     def _write(self, row: Mapping[str, Any]) -> None:
         for writer in self._writers:
             writer.write(row)
+
+
+def memory_row() -> dict[str, int]:
+    """Memory of this process and of its fullest device, as a row of metrics has it."""
+    host, device = telemetry.host_memory(), telemetry.device_memory()
+    return {
+        "host_memory_bytes": host.current_bytes, "host_memory_peak_bytes": host.peak_bytes,
+        "device_memory_bytes": device.current_bytes, "device_memory_peak_bytes": device.peak_bytes,
+    }  # fmt: skip

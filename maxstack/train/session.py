@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ import jax
 
 from maxstack import checkpoint, sharding
 from maxstack.checkpoint import Checkpoints
-from maxstack.config import RunError, UserError, log_faults_in, to_dict, write_run
+from maxstack.config import RunError, UserError, log_faults_in, run_text, to_dict, write_run
 from maxstack.data.batch import Batch
 from maxstack.data.loader import Loader
 from maxstack.data.prepare import PreparedData, prepare
@@ -23,9 +23,11 @@ from maxstack.models.account import account
 from maxstack.telemetry import Goodput, Profiler
 from maxstack.train import state as states
 from maxstack.train.evaluate import evaluate, evaluation_step
-from maxstack.train.losses import pretrain
+from maxstack.train.folder import alone_in
+from maxstack.train.losses import objective_of
+from maxstack.train.memory import check_state_fits
 from maxstack.train.record import Recorder
-from maxstack.train.run import RunConfig, check_vocabulary
+from maxstack.train.run import RunConfig, check_prompts, check_vocabulary
 from maxstack.train.sample import sample_texts
 from maxstack.train.state import TrainState
 from maxstack.train.step import Metrics, abstract_batch, compiled, train_step
@@ -52,8 +54,11 @@ class Outcome:
 class Session:
     """Everything open during a run. `state` is the only thing a step changes."""
 
-    def __init__(self, run: RunConfig, devices: Sequence[jax.Device] | None = None):
-        self.run, self.out, self._devices = run, Path(run.out), devices
+    def __init__(
+        self, run: RunConfig, devices: Sequence[jax.Device] | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ):  # fmt: skip
+        self.run, self.out, self._devices, self._stopping = run, Path(run.out), devices, stopping
         self._closing = ExitStack()
         self.history: collections.deque[dict[str, Any]] = collections.deque(maxlen=HISTORY)
         self._late: tuple[int, Metrics, float] | None = None
@@ -74,15 +79,22 @@ class Session:
         self._closing.__exit__(kind, error, trace)
 
     def _open(self) -> None:
-        run, goodput = self.run, Goodput(self.out / "goodput.json")
+        run = self.run
+        # What could not be written beside the first checkpoint is refused now.
+        self._described, _ = to_dict(run), run_text(run)
+        if jax.process_index() == 0:
+            self._closing.enter_context(alone_in(self.out))
         log_faults_in(self.out)
+        goodput = Goodput(self.out / "goodput.json")
         self.mesh = sharding.build_mesh(run.mesh, self._devices)
         self._micro_rows = run.batch_rows // run.micro_batches
         self._local = sharding.local_rows(self.mesh, self._micro_rows)
         self.plan = states.layout(run.model, run.optim, self.mesh, zero=run.mesh.zero, steps=run.steps)
+        check_state_fits(self.plan, run.model)
         with shown() as report:
             self.prepared: PreparedData = prepare(run.data, report)
         check_vocabulary(run, self.prepared.tokenizer.vocab_size)
+        check_prompts(run, self.prepared.tokenizer)
         self.checkpoints = self._closing.enter_context(Checkpoints(self.out / "checkpoints", run.checkpoint))
         self.loader = self._loader()
         self._closing.callback(lambda: self.loader.close())
@@ -94,7 +106,8 @@ class Session:
         self.recorder = self._closing.enter_context(Recorder(run, costs, goodput, start=self.step))
         self._profiler = self._closing.enter_context(Profiler(run.telemetry.profile, self.out / "profile"))
         with goodput.measure("compile"):
-            step = train_step(self.plan, pretrain, run.optim, run.safety, run.z_loss, run.steps)
+            objective = objective_of(run.objective)
+            step = train_step(self.plan, objective, run.optim, run.safety, run.z_loss, run.steps)
             batch = abstract_batch(self.plan, run.micro_batches, self._micro_rows, run.data.seq_len)
             self._advance = compiled(self.plan, step, batch, self.state)
         self.recorder.pause()
@@ -109,6 +122,11 @@ class Session:
     def _resumed_or_fresh(self) -> tuple[TrainState, int]:
         """The newest good checkpoint, or a new state when there is none."""
         good = self.checkpoints.latest_good()
+        if good is None and self.checkpoints.steps():
+            raise RunError(
+                f"none of the checkpoints {self.checkpoints.steps()} in {self.checkpoints.directory} is intact (see "
+                "the warnings above); put back a copy, or start anew with another --out. Nothing was deleted"
+            )
         if good is None:
             return states.create(self.plan, self.run.model, self.run.seed), 0
         like = self.plan.abstract(self.run.model)
@@ -134,8 +152,8 @@ class Session:
         while self.step < self.run.steps:
             start = time.perf_counter()
             _, local = next(self.loader)
-            parts = (part.reshape(-1, n, part.shape[-1]).swapaxes(0, 1) for part in local)
-            batch = Batch(*(sharding.global_array(where, part, shape) for part in parts))
+            parts = Batch(*(part.reshape(-1, n, part.shape[-1]).swapaxes(0, 1) for part in local))
+            batch = sharding.global_arrays(where, parts, shape)
             self._waited = time.perf_counter() - start
             self.recorder.goodput.add("data", self._waited)
             yield batch
@@ -144,6 +162,8 @@ class Session:
         """Start a step on the devices, then record the one before, whose results have come in the meantime."""
         self._profiler.before(self.step + 1)
         self.state, metrics = self._advance(self.state, batch)
+        for value in metrics.values():
+            value.copy_to_host_async()  # under way while the step runs: read late, they cost no wait
         self.step += 1
         self._profiler.after(self.step, lambda: jax.block_until_ready(metrics))
         self._record_late()
@@ -155,9 +175,7 @@ class Session:
             return
         step, metrics, waited = self._late
         self._late = None
-        row = self.recorder.step(
-            step, {name: float(value) for name, value in jax.device_get(metrics).items()}, waited
-        )
+        row = self.recorder.step(step, {name: float(value) for name, value in metrics.items()}, waited)
         self.history.append(row)
         if row["skipped_in_a_row"] >= self.run.safety.skip_limit:
             raise RunError(diverged(self.history, self.run.safety.skip_limit, self.checkpoints.latest_good()))
@@ -166,8 +184,8 @@ class Session:
         """Whether something done every so many steps is due after this step; the last step has its own time."""
         return every > 0 and self.step % every == 0 and self.step < self.run.steps
 
-    def evaluate(self, *, final: bool = False) -> None:
-        """Held-out loss and bits per byte of every source that holds text out."""
+    def evaluate(self, *, final: bool = False) -> bool:
+        """Held-out loss and bits per byte of every source that holds text out; False when a stop broke it off."""
         wanted = self.run.evaluation
         self._record_late()
         with self.recorder.goodput.measure("evaluate"):
@@ -180,12 +198,21 @@ class Session:
                     rows = self.loader.held_out_rows(
                         name, batch_rows=self._micro_rows, rows=self._local, **settings
                     )
-                    losses[name] = evaluate(
-                        self._evaluation, self.plan, self.state.params, self.state.buffers, rows
+                    loss = evaluate(
+                        self._evaluation,
+                        self.plan,
+                        self.state.params,
+                        self.state.buffers,
+                        rows,
+                        self._stopping,
                     )
+                    if loss is None:
+                        return False
+                    losses[name] = loss
         self.recorder.evaluation(self.step, losses)
         self.recorder.pause()
         self._held_out = {f"held_out.{name}": loss.nll for name, loss in losses.items()}
+        return True
 
     def sample(self) -> None:
         """Let the model write."""
@@ -199,7 +226,7 @@ class Session:
         """Save everything the run needs to go on; in the background unless `block`."""
         self._record_late()
         meta = {
-            "run": to_dict(self.run), "model": to_dict(self.run.model), "data": self.loader.state(),
+            "run": self._described, "model": self._described["model"], "data": self.loader.state(),
             "tokenizer": self.prepared.tokenizer.fingerprint,
         }  # fmt: skip
         metrics = dict(self._held_out)
@@ -208,13 +235,13 @@ class Session:
         with self.recorder.goodput.measure("save"):
             self.checkpoints.save(self.step, states.as_named(self.state), meta, metrics=metrics, block=block)
 
-    def finish(self) -> None:
-        """What is done once, after the last step."""
-        if self.run.evaluation.every >= 0:
-            self.evaluate(final=True)
-        if self.run.samples.every >= 0:
-            self.sample()
+    def finish(self) -> bool:
+        """What is done once, after the last step; False when a stop broke it off, all but the save."""
+        whole = self.run.evaluation.every < 0 or self.evaluate(final=True)
         self.save(block=True)
+        if whole and self.run.samples.every >= 0:
+            self.sample()
+        return whole
 
     def outcome(self, stopped_by: str | None = None) -> Outcome:
         """How the run ended."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from maxstack import checkpoint, sharding
 from maxstack.models import Transformer, TransformerConfig, tree
@@ -52,10 +52,18 @@ class Layout:
     buffer_axes: dict[str, tuple[str, ...]]
     """Logical axes of the buffers."""
     optimizer: optax.GradientTransformation
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
+    """An abstract one is enough to work out shapes and sizes."""
     zero: int
     averaged: bool
     """Whether an average of the weights is kept."""
+
+    @property
+    def devices(self) -> Mesh:
+        """The mesh, with its devices. Raises ValueError for a plan of sizes alone."""
+        if isinstance(self.mesh, AbstractMesh):
+            raise ValueError("this plan works out sizes on an abstract mesh; a step needs one with devices")
+        return self.mesh
 
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -99,7 +107,9 @@ class Layout:
         )
 
 
-def layout(config: TransformerConfig, optim: OptimConfig, mesh: Mesh, *, zero: int, steps: int) -> Layout:
+def layout(
+    config: TransformerConfig, optim: OptimConfig, mesh: Mesh | AbstractMesh, *, zero: int, steps: int
+) -> Layout:
     """Plan a run's state. Raises UserError, with the numbers, for a weight that does not divide over the mesh."""
     model = tree.abstract(lambda: config.build(jax.random.key(0)))
     axes, buffers = tree.axes(model), tree.buffer_names(model)
@@ -128,7 +138,7 @@ def fresh(plan: Layout, config: TransformerConfig, seed: int) -> TrainState:
 
 def create(plan: Layout, config: TransformerConfig, seed: int) -> TrainState:
     """The state before the first step, each part computed where it lives."""
-    with jax.set_mesh(plan.mesh):
+    with jax.set_mesh(plan.devices):
         return jax.jit(lambda: fresh(plan, config, seed), out_shardings=plan.shardings())()
 
 

@@ -58,7 +58,7 @@ def train_step(
             "loss": loss, "nll": sums.nll / tokens, "z_loss": sums.z / tokens, "tokens": tokens,
             "gradient_norm": norm, "learning_rate": rate(state.health.accepted),
             "skipped_steps": health.skipped, "skipped_in_a_row": health.skipped_in_a_row,
-        } | ({"moe_loss": sums.per_batch} if sums.expert_load else {})  # fmt: skip
+        } | ({"moe_loss": jnp.asarray(sums.per_batch)} if sums.expert_load else {})  # fmt: skip
         return TrainState(state.step + 1, params, buffers, opt_state, ema, state.key, health), metrics
 
     return step
@@ -139,7 +139,7 @@ def compiled(plan: Layout, step: Callable, batch: Batch, state: TrainState) -> j
     """`step` compiled ahead of time for these shapes; the state it is given is given up."""
     shardings = plan.shardings()
     metrics = plan.replicated
-    with jax.set_mesh(plan.mesh):
+    with jax.set_mesh(plan.devices):
         jitted = jax.jit(
             step, donate_argnums=0, out_shardings=(shardings, metrics)
         )  # fmt: skip
@@ -148,7 +148,7 @@ def compiled(plan: Layout, step: Callable, batch: Batch, state: TrainState) -> j
 
 def abstract_batch(plan: Layout, micro_batches: int, rows: int, seq_len: int) -> Batch:
     """Shapes of a step's batch."""
-    where = sharding.batch_sharding(plan.mesh, leading=1)
+    where = sharding.batch_sharding(plan.devices, leading=1)
     shape = (micro_batches, rows, seq_len)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
     return Batch(ids, ids, ids, ids, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where))

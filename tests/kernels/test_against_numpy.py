@@ -1,4 +1,4 @@
-"""Attention, cross-entropy and grouped products against float64 numpy, and on 8 devices against one."""
+"""Attention and cross-entropy against float64 numpy, and on 8 devices against one."""
 
 import itertools
 
@@ -11,7 +11,6 @@ from maxstack import sharding
 from maxstack.kernels import Unsupported
 from maxstack.kernels.attention import attention
 from maxstack.kernels.cross_entropy import cross_entropy, token_log_probs
-from maxstack.kernels.grouped_matmul import grouped_matmul
 from maxstack.sharding import MeshConfig
 
 B, T, S, N, K, H, W = 2, 5, 9, 4, 2, 8, 6
@@ -149,17 +148,3 @@ def test_cross_entropy_and_its_gradients_equal_float64(softcap, chunk):
         np.testing.assert_allclose(grad[i, j], slope, rtol=1e-4, atol=1e-5)
     log_probs, _ = token_log_probs(*a, b[0], softcap=softcap)
     np.testing.assert_allclose(log_probs, -nll, **CLOSE)
-
-
-def test_grouped_products_equal_a_loop_over_experts_and_leave_the_rest_zero():
-    random = np.random.default_rng(4)
-    x, w = random.normal(size=(12, 5)), random.normal(size=(3, 5, 7))
-    sizes, wanted = [4, 0, 6], np.zeros((12, 7))
-    wanted[:4], wanted[4:10] = x[:4] @ w[0], x[4:10] @ w[2]
-    a = jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
-    found = grouped_matmul(*a, jnp.asarray(sizes, jnp.int32))
-    np.testing.assert_allclose(found, wanted, **CLOSE)
-    dx, dw = jax.grad(lambda x, w: jnp.sum(grouped_matmul(x, w, jnp.asarray(sizes, jnp.int32))), (0, 1))(*a)
-    assert not np.asarray(dx[10:]).any()
-    np.testing.assert_allclose(dw[0], np.tile(x[:4].sum(0)[:, None], (1, 7)), **CLOSE)
-    assert not np.asarray(dw[1]).any()

@@ -9,7 +9,7 @@ from flax import nnx
 from maxstack.config import UserError, from_json, to_json
 from maxstack.models import RMSNormConfig, tree
 from maxstack.models.layers import Weight, constant
-from tests.models.tiny import CONFIGS, JOINED, build, tokens
+from tests.models.tiny import CONFIGS, GATED, JOINED, VOCAB, WIDTH, build, tokens
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -92,6 +92,30 @@ def test_replace_names_what_there_is(path, words):
 def test_replace_refuses_a_bare_array():
     with pytest.raises(TypeError, match=r"embedding.table: a bare array is no leaf"):
         tree.replace(build(CONFIGS["grouped"]), {"embedding.table": jnp.zeros((64, 32))})
+
+
+def test_replace_refuses_a_part_that_is_not_stacked():
+    model = build(CONFIGS["grouped"])
+    one = GATED.build(jax.random.key(0), WIDTH, 1.0)
+    with pytest.raises(
+        UserError, match=r"layers.0.feed_forward: .* \[\(2,\)\] over layers, the new ones \[\(\)\]"
+    ):
+        tree.replace(model, {"stacks.0.layers.0.feed_forward": one})
+    with pytest.raises(UserError, match=r"jax\.vmap over as many keys"):
+        tree.replace(model, {"stacks.0.layers.0.feed_forward.up.w": one.up.w})
+    two = jax.vmap(lambda key: GATED.build(key, WIDTH, 1.0))(jax.random.split(jax.random.key(0), 2))
+    assert tree.replace(model, {"stacks.0.layers.0.feed_forward": two})(tokens(1, 4)).shape == (1, 4, VOCAB)
+
+
+def test_a_bare_array_in_a_model_is_named():
+    class Bare(nnx.Module):
+        def __init__(self):
+            self.w = jnp.zeros(3)
+
+    with pytest.raises(TypeError, match=r"w is a bare \w+: make it with layers\.weight"):
+        tree.axes(Bare())
+    with pytest.raises(TypeError, match=r"w is a bare"):
+        tree.replace(build(CONFIGS["grouped"]), {"final_norm": Bare()})
 
 
 @pytest.mark.parametrize("name", CONFIGS)

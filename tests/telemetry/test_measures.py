@@ -142,20 +142,39 @@ def test_scalars_are_the_finite_numbers_with_their_place():
     assert dict(scalars(row)) == {"evaluation/loss": 1.0, "evaluation/held_out/books/nll": 2.0}
 
 
+def tensorboard_values(folder: Path, event_type: Any) -> list[tuple[str, int, float]]:
+    """(tag, step, value) of every number in the one file of a folder, in the order they were written."""
+    (file,) = folder.iterdir()
+    found, data = [], file.read_bytes()
+    while data:  # records of: length u64, its checksum u32, an event, its checksum u32
+        size = int.from_bytes(data[:8], "little")
+        event = event_type.FromString(data[12 : 12 + size])
+        found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        data = data[16 + size :]
+    return found
+
+
 def test_tensorboard_files_hold_the_numbers(tmp_path):
     event_type: Any = importlib.import_module("tensorboardX.proto.event_pb2").Event
 
     for writer in open_writers(TelemetryConfig(), tmp_path):
         writer.write({"step": 7, "kind": "train", "loss": 2.5})
         writer.close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    found, data = {}, file.read_bytes()
-    while data:  # records of: length u64, its checksum u32, an event, its checksum u32
-        size = int.from_bytes(data[:8], "little")
-        event = event_type.FromString(data[12 : 12 + size])
-        found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
-        data = data[16 + size :]
-    assert found == {"train/loss": (7, 2.5)}
+    found = tensorboard_values(tmp_path / "tensorboard", event_type)
+    assert found == [("train/loss", 7, 2.5)]
+
+
+def test_tensorboard_gets_the_last_of_rows_that_come_too_fast_to_draw(tmp_path):
+    event_type: Any = importlib.import_module("tensorboardX.proto.event_pb2").Event
+    (writer,) = open_writers(TelemetryConfig(), tmp_path)
+    for step in range(1, 6):
+        writer.write({"step": step, "kind": "train", "loss": float(step)})
+    writer.write({"step": 5, "kind": "evaluation", "nll": 1.5})
+    writer.close()
+    found = tensorboard_values(tmp_path / "tensorboard", event_type)
+    assert found[0] == ("train/loss", 1, 1.0)
+    assert ("evaluation/nll", 5, 1.5) in found
+    assert found[-1] == ("train/loss", 5, 5.0)
 
 
 def test_wandb_without_its_package_is_refused_with_the_way_out(tmp_path, monkeypatch):

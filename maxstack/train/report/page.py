@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from maxstack.config import write_atomically
 from maxstack.telemetry.display import duration
 from maxstack.telemetry.goodput import ACTIVITIES
-from maxstack.telemetry.rows import write_atomically
 from maxstack.train.report.charts import Chart, draw
 from maxstack.train.report.progress import GIB, loss_chart, progress_charts
 from maxstack.train.report.records import Records, read, spread

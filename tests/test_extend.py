@@ -1,0 +1,43 @@
+"""Every example of docs/extend.md runs: a page that is wrong is a failing test."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from maxstack.config import plain
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "extend.md"
+
+
+def examples(text: str) -> list[tuple[int, str]]:
+    """Line of the first statement, and source, of each python block."""
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, match.start(1)) + 1, match.group(1)) for match in found]
+
+
+def run(text: str) -> dict:
+    """The names that the examples leave, run in order as one module."""
+    page = types.ModuleType("extend_page")
+    sys.modules[page.__name__] = page
+    try:
+        for line, source in examples(text):
+            # The blank lines let a traceback name the page's own line.
+            exec(compile("\n" * (line - 1) + source, str(PAGE), "exec"), vars(page))
+    finally:
+        del sys.modules[page.__name__]
+    return vars(page)
+
+
+def test_every_example_of_the_page_holds(monkeypatch):
+    monkeypatch.setattr(plain, "_REGISTERED", {})
+    names = run(PAGE.read_text())
+    assert {"Fading", "Parallel", "every_second", "edited", "of_last", "focal", "each"} <= names.keys()
+
+
+def test_a_wrong_example_is_found_at_its_line():
+    with pytest.raises(ZeroDivisionError) as caught:
+        run("# Page\n\n```python\none = 1\n```\n\nText.\n\n```python\none / 0\n```\n")
+    assert caught.traceback[-1].lineno + 1 == 10
