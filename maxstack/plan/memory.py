@@ -7,9 +7,7 @@ of the largest thing that is there for a moment; the compiler's own figure is wh
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
-import jax
 from jax.sharding import AbstractMesh
 
 from maxstack import sharding
@@ -17,6 +15,7 @@ from maxstack.models.account import layers
 from maxstack.models.block import BlockConfig
 from maxstack.models.transformer import TransformerConfig
 from maxstack.optim.layout import matrix_dims
+from maxstack.train.memory import device_bytes, gradients_of
 from maxstack.train.run import RunConfig
 from maxstack.train.state import Layout, layout
 
@@ -66,26 +65,14 @@ def run_memory(run: RunConfig, devices: int) -> Memory:
 def state_memory(plan: Layout, config: TransformerConfig) -> Memory:
     """What the state holds, and its gradients, on one device."""
     state = plan.abstract(config)
-    gradients = {
-        name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=plan.weights("gradients")[name])
-        for name, shape in plan.shapes.items()
-    }
     return Memory(
         parameters=device_bytes([state.params, state.buffers]),
         optimizer=device_bytes(state.opt_state),
         ema=device_bytes(state.ema),
-        gradients=device_bytes(gradients),
+        gradients=device_bytes(gradients_of(plan)),
         activations=0,
         working=0,
         batch=0,
-    )
-
-
-def device_bytes(arrays: Any) -> int:
-    """Bytes of the shards that one device holds of a tree of shapes with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(arrays)
     )
 
 

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import psutil
@@ -18,10 +19,7 @@ def check_state_fits(plan: Layout, config: TransformerConfig) -> None:
 
     A bound from below: activations come on top. Devices that share the host's memory (CPU) are counted together.
     """
-    state, cut = plan.abstract(config), plan.weights("gradients")
-    parts = [(leaf, leaf.sharding) for leaf in jax.tree.leaves(state)]
-    parts += [(leaf, cut[name]) for name, leaf in state.params.items()]
-    need = sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in parts)
+    need = device_bytes([plan.abstract(config), gradients_of(plan)])
     device = plan.devices.local_devices[0]
     room = (device.memory_stats() or {}).get("bytes_limit")
     where = "a device has"
@@ -34,6 +32,23 @@ def check_state_fits(plan: Layout, config: TransformerConfig) -> None:
             f"{need / 2**30:,.1f} GiB, {where} {room / 2**30:,.1f} GiB; make the model smaller (--model.width, "
             "--model.vocab-size), or shard it over more devices (--mesh.fsdp)"
         )
+
+
+def gradients_of(plan: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """The gradients of a step as shapes with shardings."""
+    cut = plan.weights("gradients")
+    return {
+        name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=cut[name])
+        for name, shape in plan.shapes.items()
+    }
+
+
+def device_bytes(arrays: Any) -> int:
+    """Bytes of the shards that one device holds of a tree of shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(arrays)
+    )
 
 
 def host_memory_bytes() -> int:

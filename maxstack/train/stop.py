@@ -32,6 +32,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
         self._at_once = False
         self._left = threading.Event()
+        self._agreement: Any = None
 
     def __enter__(self) -> Self:
         listening, self._sending = socket.socketpair()
@@ -63,15 +64,19 @@ class StopRequest:
             self._at_once = False
 
     def requested(self) -> bool:
-        """Whether any process has been asked to stop: all of them leave after the same step."""
+        """Whether any process has been asked to stop: all of them leave after the same step.
+
+        With several processes each must ask equally often, and a request counts from the next question on.
+        """
         import jax
 
         if jax.process_count() == 1:
             return bool(self.reason)
-        import numpy as np
-        from jax.experimental import multihost_utils
+        if self._agreement is None:
+            from maxstack.train.agreement import Agreement
 
-        return bool(np.any(multihost_utils.process_allgather(np.asarray(bool(self.reason)))))
+            self._agreement = Agreement()
+        return self._agreement.any(bool(self.reason))
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         first, self.reason = not self.reason, self.reason or signal.Signals(number).name
