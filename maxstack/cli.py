@@ -7,8 +7,10 @@ was done (`train` saves and exits with 0).
 import contextlib
 import difflib
 import errno
+import glob
 import importlib
 import importlib.metadata
+import importlib.util
 import itertools
 import logging
 import os
@@ -58,6 +60,10 @@ _REMEDIES = {
 }
 
 
+# Where an accelerator shows itself to a process: TPU of the older and newer kinds, NVIDIA, AMD.
+_DEVICE_NODES = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
+
+
 class _Stderr(logging.Handler):
     """Writes to whatever sys.stderr is at the time: a live display replaces it while it runs."""
 
@@ -78,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     name, rest = words[0], words[1:]
     _log_to_stderr()
+    _look_for_no_absent_tpu()
     try:
         with _terminable():
             code = _module(name).main(rest)
@@ -101,6 +108,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if log is not None:
             print(f"maxstack {name}: the traceback is in {log}", file=sys.stderr)
         return WRONG_REQUEST if isinstance(error, UserError) else FAILED
+
+
+def _look_for_no_absent_tpu() -> None:
+    """Where libtpu is there for its compiler alone, jax would look for a TPU first, and complain that there is none."""
+    told = "JAX_PLATFORMS" in os.environ or any(name.startswith("TPU_") for name in os.environ)
+    if told or any(glob.glob(node) for node in _DEVICE_NODES):
+        return
+    if importlib.util.find_spec("libtpu") is not None:
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def _module(name: str):

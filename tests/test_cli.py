@@ -62,6 +62,23 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("maxstack 0.")
 
 
+@pytest.mark.parametrize(
+    ("nodes", "environment", "wanted"),
+    [
+        ((), {}, "cpu"),
+        (("/dev/null",), {}, None),
+        ((), {"TPU_WORKER_ID": "0"}, None),
+        ((), {"JAX_PLATFORMS": "tpu,cpu"}, "tpu,cpu"),
+    ],
+)
+def test_a_tpu_is_looked_for_unless_only_its_compiler_is_here(monkeypatch, nodes, environment, wanted):
+    monkeypatch.setattr(cli, "_DEVICE_NODES", nodes)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(cli.os, "environ", dict(environment))
+    assert cli.main(["trian"]) == 2
+    assert cli.os.environ.get("JAX_PLATFORMS") == wanted
+
+
 def test_an_unknown_verb_is_answered_with_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
     assert "unknown verb 'trian'; did you mean train?" in capsys.readouterr().err

@@ -4,13 +4,13 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -19,9 +19,9 @@ import maxstack
 from maxstack.checkpoint import arrays, folder, manifest, record
 from maxstack.checkpoint.account import Account
 from maxstack.checkpoint.config import CheckpointConfig
-from maxstack.checkpoint.errors import STORAGE_ERRORS, CheckpointError, first_line, save_failed
+from maxstack.checkpoint.errors import STORAGE_ERRORS, CheckpointError, NewerLayout, first_line, save_failed
 from maxstack.checkpoint.names import flatten, unflatten
-from maxstack.checkpoint.restore import intact_besides, offer, read_state, refuse, verify
+from maxstack.checkpoint.restore import check, offering, read_state, refuse, verify
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class Checkpoints:
         self._current: int | None = None
         self._cleared = False
         self._just_verified: dict[int, str] = {}
+        self._ranking_checked = False
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -121,9 +122,10 @@ class Checkpoints:
     def latest_good(self) -> int | None:
         """The newest step whose files are intact, None if there is none; damaged ones are passed over with a warning.
 
-        Raises CheckpointError if a later version wrote a newer one: going back past it would lose work.
+        Raises CheckpointError, with the older good step, if a later version wrote a newer one: going back past it
+        would lose work.
         """
-        return _agreed(self._latest_good() if jax.process_index() == 0 else None)
+        return _first_decides(self._latest_good, f"no checkpoint in {self.directory} is taken")
 
     def best(self) -> int | None:
         """The step with the best `best_metric`, None if none has it."""
@@ -140,15 +142,13 @@ class Checkpoints:
 
         `target` is the state wanted, with arrays or `jax.ShapeDtypeStruct` whose shardings may be on another mesh
         than the one that saved; names, shapes and dtypes must be equal. Without it every array comes as numpy.
-        Raises CheckpointError: none there, damaged (with an older good step in `good_step`), of a newer layout, or
-        not what the target says.
+        Raises CheckpointError: none there, damaged or of a newer layout (both with an older good step in
+        `good_step`), or not what the target says.
         """
         self.wait()
         if step is None:
-            steps = self.steps() if jax.process_index() == 0 else []
-            step = _agreed(steps[-1] if steps else None)
+            step = _first_decides(lambda: max(self.steps(), default=None), f"{self.directory} cannot be read")
         path = folder.locate(self.directory, step)
-        record.refuse_newer(path)
         verified = self._verified(path, int(path.name))
         described = record.read_record(path)
         state, account = read_state(
@@ -177,6 +177,7 @@ class Checkpoints:
             keys=keys,
             arrays={name: arrays.spec_of(leaf) for name, leaf in ready.items()},
         ).text()
+        self._check_ranking(metrics)
         self._writing = (step, text)
         try:
             if jax.process_index() == 0:
@@ -188,6 +189,20 @@ class Checkpoints:
             raise self._failed(step, error) from error
         self._current = step
         self._pending = self._threads.submit(self._finish)
+
+    def _check_ranking(self, metrics: Mapping[str, Any]) -> None:
+        """Say once that `best_metric` is none of the metrics, at the first save that could have it: one with metrics,
+        and for a "GROUP.NAME" one with some of that group, as those of an evaluation."""
+        group, dot, _ = self.config.best_metric.partition(".")
+        could = any(not dot or name.startswith(f"{group}.") for name in metrics)
+        if not could or not self.config.keep_best or self._ranking_checked:
+            return
+        self._ranking_checked = True
+        if self.config.best_metric not in metrics and jax.process_index() == 0:
+            log.warning(
+                "checkpoint.best_metric %r is none of the metrics of this checkpoint (%s): without it none ranks, and "
+                "keep_best keeps none", self.config.best_metric, ", ".join(sorted(metrics)),
+            )  # fmt: skip
 
     def _make_room(self, step: int) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -237,9 +252,10 @@ class Checkpoints:
             log.warning("%s is half-written and ignored", path)
         for step in folder.newest_first(self.steps()):
             path = folder.step_folder(self.directory, step)
-            record.refuse_newer(path)
             try:
                 self._just_verified = {step: verify(path, self.config.verify)}
+            except NewerLayout as error:
+                raise offering(error, path, self.config.verify) from error
             except CheckpointError as error:
                 log.warning("checkpoint %d is passed over: %s", step, error)
             else:
@@ -247,36 +263,45 @@ class Checkpoints:
         return None
 
     def _verified(self, path: Path, step: int) -> str:
-        """How the files were checked; on damage the error names an older step that is good. One process looks."""
+        """How the files were checked; the error names an older step that is good. One process looks."""
         words = ("hash", "size", "no", "unverified")
-        error: CheckpointError | None = None
-        found: int | None = None
-        if jax.process_index() == 0:
-            try:
-                # Not hashed again by the restore that follows latest_good().
-                known = self._just_verified.pop(step, None)
-                found = words.index(known or verify(path, self.config.verify))
-            except CheckpointError as damaged:
-                error = damaged
-        found = _agreed(found)
-        if found is not None:
-            return words[found]
-        first = jax.process_index() == 0
-        good = _agreed(intact_besides(self.directory, step, self.config.verify) if first else None)
-        reason = error or f"checkpoint {step} in {self.directory} is damaged (the first process says how)"
-        raise CheckpointError(
-            f"{reason}; {offer(good)}; nothing was deleted", step=step, good_step=good
-        ) from error
+
+        def look() -> int:
+            # Not hashed again by the restore that follows latest_good().
+            known = self._just_verified.pop(step, None)
+            return words.index(known or check(path, self.config.verify))
+
+        return words[_first_decides(look, f"checkpoint {step} in {self.directory} cannot be restored")]
 
 
-def _agreed(value: int | None) -> int | None:
-    """The first process's value, in all processes."""
+def _first_decides[T: int | None](look: Callable[[], T], refusal: str) -> T:
+    """What `look` returns in the first process, in all of them; if it raises CheckpointError there, all of them do.
+
+    The reason stays with the first process: the others say `refusal`, with the same steps.
+    """
     if jax.process_count() == 1:
-        return value
+        return look()
     from jax.experimental import multihost_utils
 
-    number = multihost_utils.broadcast_one_to_all(np.int64(-1 if value is None else value))
-    return None if int(number) < 0 else int(number)
+    error: CheckpointError | None = None
+    value = None
+    if jax.process_index() == 0:
+        try:
+            value = look()
+        except CheckpointError as raised:
+            error = raised
+    found = (value, error and error.step, error and error.good_step)
+    numbers = [error is not None, *(-1 if number is None else number for number in found)]
+    raised_there, *numbers = map(int, multihost_utils.broadcast_one_to_all(np.array(numbers, np.int64)))
+    value, step, good = (None if number < 0 else number for number in numbers)
+    if error is not None:
+        raise error
+    if raised_there:
+        offer = (
+            "no other checkpoint is intact" if good is None else f"step {good} is intact: restore that one"
+        )
+        raise CheckpointError(f"{refusal} (the first process says why); {offer}", step=step, good_step=good)
+    return cast(T, value)
 
 
 def _versions() -> dict[str, str]:

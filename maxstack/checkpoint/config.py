@@ -17,7 +17,8 @@ class CheckpointConfig:
     keep_best: int = 0
     """How many of the best checkpoints by `best_metric` are kept besides. 0: none."""
     best_metric: str = "loss"
-    """The metric, of those given at the save, that `keep_best` ranks by; a checkpoint without it does not rank."""
+    """The metric that `keep_best` ranks by: "loss" (of training), or "held_out.SOURCE" (of the held-out part of the
+    source of that name). A checkpoint without it does not rank; of equal ones the earlier is better."""
     best_mode: Literal["min", "max"] = "min"
     """Whether the smallest or the largest value of `best_metric` is best."""
     asynchronous: bool = True

@@ -23,6 +23,10 @@ class CheckpointError(RunError):
         self.good_step = good_step
 
 
+class NewerLayout(CheckpointError):
+    """A later version wrote the checkpoint; it may well be whole."""
+
+
 def save_failed(directory: Path, step: int, kept: Sequence[int], error: BaseException) -> CheckpointError:
     """The error for a save that did not succeed, by its cause; `kept` are the checkpoints that are still there."""
     text = str(error).lower()

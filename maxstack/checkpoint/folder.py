@@ -110,13 +110,13 @@ def kept(metrics: Mapping[int, Mapping[str, float]], config: CheckpointConfig) -
 
 
 def ranked(metrics: Mapping[int, Mapping[str, float]], config: CheckpointConfig) -> list[int]:
-    """Steps from best to worst by the configured metric; of equals the later one first."""
+    """Steps from best to worst by the configured metric; of equals the earlier one first, so that it stays."""
     values = {step: values.get(config.best_metric) for step, values in metrics.items()}
     sign = 1 if config.best_mode == "min" else -1
     finite = [
-        (sign * value, -step) for step, value in values.items() if value is not None and math.isfinite(value)
+        (sign * value, step) for step, value in values.items() if value is not None and math.isfinite(value)
     ]
-    return [-negative for _, negative in sorted(finite)]
+    return [step for _, step in sorted(finite)]
 
 
 def prune(directory: Path, config: CheckpointConfig) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maxstack.checkpoint.errors import CheckpointError
+from maxstack.checkpoint.errors import CheckpointError, NewerLayout
 
 # Raised when a reader of the old layout would misread the new one.
 LAYOUT = 1
@@ -80,14 +80,14 @@ def read_record(folder: Path) -> Record:
 
 
 def refuse_newer(folder: Path) -> None:
-    """Raise CheckpointError if only a later version can read the checkpoint; damage is not looked for."""
+    """Raise NewerLayout if only a later version can read the checkpoint; damage is not looked for."""
     try:
         raw = json.loads((folder / FILE).read_text())
         layout = raw["layout"]
     except (OSError, ValueError, KeyError, TypeError):
         return
     if isinstance(layout, int) and layout > LAYOUT:
-        raise CheckpointError(
+        raise NewerLayout(
             f"{folder} has checkpoint layout {layout}, this maxstack reads up to {LAYOUT}; "
             f"it was written by {_versions(raw)}: install that version or a later one"
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 from maxstack.checkpoint import arrays, folder, manifest
 from maxstack.checkpoint.account import Account, compare
-from maxstack.checkpoint.errors import STORAGE_ERRORS, CheckpointError, first_line
+from maxstack.checkpoint.errors import STORAGE_ERRORS, CheckpointError, NewerLayout, first_line
 from maxstack.checkpoint.names import SEPARATOR, flatten, unflatten
 from maxstack.checkpoint.record import Record, read_record, refuse_newer
 
@@ -92,7 +92,7 @@ def read_state(
 def verify(place: Path, how: str) -> str:
     """Compare the files with the manifest: "hash", "size", "no" as asked for, "unverified" without a manifest.
 
-    Raises CheckpointError naming the damaged files.
+    Raises CheckpointError naming the damaged files, NewerLayout for what only a later version reads.
     """
     refuse_newer(place)
     found = manifest.problems(place, how)
@@ -106,34 +106,38 @@ def verify(place: Path, how: str) -> str:
 
 
 def check(place: Path, how: str = "hash") -> str:
-    """`verify`, whose error also names the newest checkpoint beside the damaged one that is intact."""
-    refuse_newer(place)
+    """`verify`, whose error also names the newest checkpoint beside the refused one that can be read."""
     try:
         return verify(place, how)
-    except CheckpointError as damaged:
+    except CheckpointError as error:
         if not place.name.isdecimal():
             raise
-        step = int(place.name)
-        good = intact_besides(place.parent, step, how)
-        how_to = "" if good is None else f" (--step {good})"
-        raise CheckpointError(f"{damaged}; {offer(good)}{how_to}", step=step, good_step=good) from damaged
+        raise offering(error, place, how) from error
 
 
-def intact_besides(directory: Path, damaged: int, how: str) -> int | None:
-    """The newest step in a folder of checkpoints, other than the damaged one, whose files are intact."""
+def offering(error: CheckpointError, place: Path, how: str) -> CheckpointError:
+    """The error for the checkpoint of a step, with the newest other one that can be read and how to take it."""
+    step, directory = int(place.name), place.parent
+    good = intact_besides(directory, step, how)
+    if good is None:
+        offer = "no other checkpoint is intact"
+    else:
+        offer = f"step {good} is intact: restore that one (--step {good})"
+        if isinstance(error, NewerLayout):  # a resumed run takes the newest that is not damaged
+            offer += f", or move the later ones out of {directory} to resume from it"
+    return type(error)(f"{error}; {offer}; nothing was deleted", step=step, good_step=good)
+
+
+def intact_besides(directory: Path, refused: int, how: str) -> int | None:
+    """The newest step in a folder of checkpoints, other than the refused one, that is intact and can be read."""
     for step in folder.newest_first(folder.complete_steps(directory)):
-        if step != damaged:
+        if step != refused:
             try:
                 verify(folder.step_folder(directory, step), how)
             except CheckpointError:
                 continue
             return step
     return None
-
-
-def offer(good: int | None) -> str:
-    """What to do about a damaged checkpoint."""
-    return f"step {good} is intact: restore that one" if good is not None else "no other checkpoint is intact"
 
 
 def refuse(account: Account) -> CheckpointError:

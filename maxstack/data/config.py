@@ -11,7 +11,8 @@ class TokenizerConfig:
     """Which tokenizer: an existing one, or one trained on the training part of the sources."""
 
     path: str = ""
-    """Folder with tokenizer.json, a tokenizer.json file, or "bytes" (256 bytes and one special). Empty: train one."""
+    """Folder with tokenizer.json, a tokenizer.json file, "hf:owner/name" (a repository on the Hugging Face Hub; a
+    cached copy works offline), or "bytes" (256 bytes and one special). Empty: train one."""
     vocab_size: int = 4096
     """Tokens of the byte BPE trained when `path` is empty, the special one included; at least 257."""
     sample_bytes: int = 64 * 2**20

@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from maxstack.config import UserError, write_atomically
+from maxstack.data import hub
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES = "bytes"
@@ -109,14 +110,20 @@ class Tokenizer:
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
-    """Open a folder with a tokenizer.json, a tokenizer.json file, or "bytes"."""
+    """Open a folder with a tokenizer.json, a tokenizer.json file, "hf:owner/name" on the Hub, or "bytes".
+
+    Raises UserError for what is no tokenizer, RunError when the Hub cannot be reached and its cache has no copy.
+    """
     if str(name_or_path) == BYTES:
         return byte_tokenizer()
+    if str(name_or_path).startswith(hub.PREFIX):
+        name_or_path = hub.hub_folder(str(name_or_path), (TOKENIZER_FILE, CONFIG_FILE))
     path = Path(name_or_path).expanduser()
     file = path / TOKENIZER_FILE if path.is_dir() else path
     if not file.is_file():
         raise UserError(
-            f'no tokenizer at {path}: give a folder with {TOKENIZER_FILE}, such a file, or "{BYTES}"'
+            f"no tokenizer at {path}: give a folder with {TOKENIZER_FILE}, such a file, "
+            f'"{hub.PREFIX}owner/name" on the Hub, or "{BYTES}"'
         )
     config = file.parent / CONFIG_FILE
     try:

@@ -22,12 +22,14 @@ def load(
     """Model and tokenizer of a run folder or of one of its checkpoints; the tokenizer is None where none was saved.
 
     `step` picks a checkpoint (the newest by default), `dtype` the compute type, `averaged` the moving average of the
-    weights in place of the weights. Raises UserError when there is nothing to read or the tokenizer is another one than
-    the checkpoint's, CheckpointError when it is damaged.
+    weights in place of the weights. The model rematerialises nothing, however it was trained. Raises UserError when
+    there is nothing to read or the tokenizer is another one than the checkpoint's, CheckpointError when it is damaged.
     """
     place = checkpoint_place(Path(path), step)
     checkpoint.check(place)  # before anything it says is believed
-    config = model_config(place)
+    # How the training run saved memory is no part of the model: only a backward pass profits, and "offload"
+    # is refused on a CPU even without one. Not only there: a checkpoint should be the same model on every machine.
+    config = dataclasses.replace(model_config(place), remat="none")
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
     abstract = tree.abstract(lambda: config.build(jax.random.key(0)))

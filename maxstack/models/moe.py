@@ -100,7 +100,13 @@ def balance_terms(
     logits: Float[Array, "b t e"], scores: Float[Array, "b t e"], picked: Float[Array, "b t j e"],
     real_bt: Float[Array, "b t"], config: MoEConfig,
 ) -> Aux:  # fmt: skip
-    """`moe_loss`, a mean over real tokens, and `expert_load`, the real tokens each expert received."""
+    """`moe_loss`, a mean over real tokens, and `expert_load`, the real tokens each expert received.
+
+    Gradient accumulation weights each micro-batch's `moe_loss` by its share of the step's real tokens. For the router's
+    z-loss that is the mean over all of them, however they are split. The auxiliary loss is a product of two means, an
+    expert's fraction of the choices and its probability; so with accumulation it asks each micro-batch to be balanced,
+    not only the whole.
+    """
     real = sharding.constrain(real_bt, "batch", "sequence")
     tokens = jnp.maximum(real.sum(), 1.0)
     load = jnp.einsum("btje,bt->e", picked, real, out_sharding=sharding.activation_spec(None))

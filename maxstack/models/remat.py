@@ -20,16 +20,15 @@ Remat = Literal["none", "dots", "attention", "full", "offload"]
 
 
 def rematerialised(layer: Callable, name: Remat) -> Callable:
-    """`layer` with the policy `name`. Raises UserError for offload where the backend has no host memory space."""
+    """`layer` with the policy `name`. Raises UserError for offload where the devices have no host memory space."""
     if name == "none":
         return layer
     policies = jax.checkpoint_policies
     if name == "offload":
-        kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
-        if "pinned_host" not in kinds or jax.default_backend() == "cpu":
+        if platform() == "cpu":
             raise UserError(
-                f"remat 'offload' needs an accelerator with pinned host memory; {jax.default_backend()} has "
-                f"{sorted(kinds)}: use 'full', which keeps the same arrays on the device"
+                "remat 'offload' needs an accelerator with pinned host memory, and this is compiled for cpu: use "
+                "'full', which keeps the same arrays on the device"
             )
         policy = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input"],
@@ -42,3 +41,9 @@ def rematerialised(layer: Callable, name: Remat) -> Callable:
             "dots": policies.save_only_these_names("product", "attn_out", "attn_lse"),
         }[name]
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def platform() -> str:
+    """What is compiled for: the devices of the mesh set by `jax.set_mesh`, there or only described; or the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform

@@ -1,26 +1,51 @@
-"""One answer for all processes, without anyone waiting for the devices."""
+"""One answer for all processes to "stop?", without anyone waiting for the devices.
+
+Each process casts a vote with the batch of a step, the step adds the votes up, and the sum comes back with the metrics,
+which all processes read at the same step. A program of its own for this would run beside the step, and where it meets
+the step's collectives in another order on another process, both wait for ever.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from maxstack import sharding
 
-class Agreement:
-    """Whether any process says yes. The question goes to the devices behind the step that was just dispatched, and its
-    answer is read when the next one is asked: by then it is there, as the metrics of a step are."""
+VOTES = "stop_votes"
 
-    def __init__(self) -> None:
-        self._mesh = Mesh(np.asarray(jax.devices()), ("device",))
-        self._each = NamedSharding(self._mesh, PartitionSpec("device"))
-        self._most = jax.jit(jnp.max, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
-        self._asked: jax.Array | None = None
 
-    def any(self, yes: bool) -> bool:
-        """Whether a process said yes at the call before; all processes call it equally often."""
-        mine = np.full(jax.local_device_count(), yes, np.int32)
-        flags = jax.make_array_from_process_local_data(self._each, mine, (jax.device_count(),))
-        with jax.set_mesh(self._mesh):  # also where the caller's own mesh is set, as in an evaluation
-            before, self._asked = self._asked, self._most(flags)
-        self._asked.copy_to_host_async()
-        return before is not None and bool(before)
+def with_votes(step: Callable[..., tuple[Any, dict[str, jax.Array]]]) -> Callable:
+    """`step` of (state, (batch, votes)), whose metrics tell how many devices' processes want to stop."""
+
+    def voting(state: Any, ballot: tuple[Any, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
+        batch, votes = ballot
+        state, metrics = step(state, batch)
+        return state, metrics | {VOTES: jnp.sum(votes)}
+
+    return voting
+
+
+class Ballots:
+    """The votes of a mesh's processes, one number a device."""
+
+    def __init__(self, mesh: Mesh):
+        self._shape = (mesh.size,)
+        self._where = NamedSharding(mesh, sharding.present(mesh, PartitionSpec(mesh.axis_names)))
+        mine = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
+        self._cast = {yes: self._array(np.full(mine, yes, np.int32)) for yes in (False, True)}
+
+    def _array(self, mine: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(self._where, mine, self._shape)
+
+    @property
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        """The votes as a shape with its sharding."""
+        return jax.ShapeDtypeStruct(self._shape, jnp.int32, sharding=self._where)
+
+    def vote(self, yes: bool) -> jax.Array:
+        """This process's part of the votes of a step."""
+        return self._cast[yes]

@@ -37,9 +37,11 @@ def main(argv: Sequence[str]) -> int:
 
 def _train(path: str, overrides: Sequence[str], stop: StopRequest) -> int:
     from maxstack.train.loop import train
+    from maxstack.train.processes import join_processes
     from maxstack.train.run import RunConfig
 
     with stop.at_once():
+        join_processes()
         run = override(load_run(path, RunConfig), overrides, f"maxstack train {path}")
     outcome = train(run, stop=stop)
     if outcome.stopped_by:
@@ -47,7 +49,7 @@ def _train(path: str, overrides: Sequence[str], stop: StopRequest) -> int:
             f"stopped by {outcome.stopped_by} after step {outcome.step} of {run.steps}; the same command resumes"
         )
     else:
-        print(f"{outcome.out}: step {outcome.step} of {run.steps} done")
+        print(f"{outcome.out}: step {outcome.step} of {max(run.steps, outcome.step)} done")
     return 0
 
 

@@ -45,9 +45,8 @@ def evaluate(
         for local in rows:
             if stopping():
                 return None
-            jax.block_until_ready(
-                sums[-1:]
-            )  # or all would be queued at once, and a stop wait for all of them
+            # Else all batches would be queued at once, and a stop would wait for all of them.
+            jax.block_until_ready(sums[-1:])
             shape = (rows.batch_rows, rows.seq_len)
             sums.append(step(params, buffers, sharding.global_arrays(where, local, shape)))
     nll, tokens = (math.fsum(float(value) for value in column) for column in zip(*sums, strict=True))

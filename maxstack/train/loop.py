@@ -21,7 +21,7 @@ def train(
     with ExitStack() as open_until_the_end:
         stop = stop or open_until_the_end.enter_context(StopRequest())
         with stop.at_once():
-            session = open_until_the_end.enter_context(Session(run, devices, stop.requested))
+            session = open_until_the_end.enter_context(Session(run, devices, stop))
         for batch in session.batches():
             session.advance(batch)
             if stop.requested():

@@ -16,14 +16,19 @@ from maxstack.models import Transformer
 
 
 class LossSums(NamedTuple):
-    """Sums over the tokens that count, to be divided by the global number of them; `per_batch` is a mean already."""
+    """Sums over the tokens that count, to be divided by the global number of them; `per_batch` is a mean already.
+
+    Only `nll` is needed. A sum over tokens is the same however a step is split into micro-batches. A mean counts by the
+    micro-batch's share of the step's real tokens; that is the mean over the step only where it is linear in the tokens:
+    the router's z-loss is, the auxiliary loss of experts is not (`balance_terms` in maxstack/models/moe.py).
+    """
 
     nll: jax.Array
     """Negative log-likelihood (nats)."""
     z: jax.Array | float = 0.0
     """z-loss, weighted; or what else is added to the loss of a token."""
     per_batch: jax.Array | float = 0.0
-    """Losses that are means over a micro-batch, such as the load balancing of experts."""
+    """Losses that are means over the real tokens of a micro-batch, such as the load balancing of experts."""
     expert_load: dict[str, jax.Array] = {}
     """Tokens each expert received, by layer; empty without experts."""
 
@@ -70,6 +75,15 @@ def objective_of(wanted: str | Objective) -> Objective:
     return wanted
 
 
-def differentiable(sums: LossSums, tokens: jax.Array, micro_batches: int) -> jax.Array:
-    """A micro-batch's share of the loss of the whole step: what is differentiated, and adds up over micro-batches."""
-    return (sums.nll + sums.z) / tokens + sums.per_batch / micro_batches
+def share_of_step(sums: LossSums, batch: Batch, tokens: jax.Array, real: jax.Array) -> LossSums:
+    """What a micro-batch adds to the mean losses of a step of so many `tokens` that count and `real` tokens.
+
+    This adds up over micro-batches; one of padding alone adds nothing.
+    """
+    share = real_tokens(batch) / real
+    return sums._replace(nll=sums.nll / tokens, z=sums.z / tokens, per_batch=sums.per_batch * share)
+
+
+def real_tokens(batch: Batch) -> jax.Array:
+    """Tokens that are no padding: those a model sees, whether or not their loss counts."""
+    return jnp.sum(batch.segment_ids > 0).astype(jnp.float32)

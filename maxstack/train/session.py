@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import jax
 
-from maxstack import checkpoint, sharding
+from maxstack import sharding
 from maxstack.checkpoint import Checkpoints
 from maxstack.config import RunError, UserError, log_faults_in, run_text, to_dict, write_run
 from maxstack.data.batch import Batch
@@ -22,15 +22,18 @@ from maxstack.data.progress import shown
 from maxstack.models.account import account
 from maxstack.telemetry import Goodput, Profiler
 from maxstack.train import state as states
-from maxstack.train.evaluate import evaluate, evaluation_step
+from maxstack.train.agreement import VOTES, Ballots, with_votes
+from maxstack.train.evaluate import HeldOutLoss, evaluate, evaluation_step
 from maxstack.train.folder import alone_in
 from maxstack.train.losses import objective_of
 from maxstack.train.memory import check_state_fits
 from maxstack.train.record import Recorder
+from maxstack.train.resume import check_resumable, tell_changes
 from maxstack.train.run import RunConfig, check_prompts, check_vocabulary
 from maxstack.train.sample import sample_texts
 from maxstack.train.state import TrainState
 from maxstack.train.step import Metrics, abstract_batch, compiled, train_step
+from maxstack.train.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +59,14 @@ class Session:
 
     def __init__(
         self, run: RunConfig, devices: Sequence[jax.Device] | None = None,
-        stopping: Callable[[], bool] = lambda: False,
+        stop: StopRequest | None = None,
     ):  # fmt: skip
-        self.run, self.out, self._devices, self._stopping = run, Path(run.out), devices, stopping
+        self.run, self.out, self._devices, self._stop = run, Path(run.out), devices, stop or StopRequest()
         self._closing = ExitStack()
         self.history: collections.deque[dict[str, Any]] = collections.deque(maxlen=HISTORY)
-        self._late: tuple[int, Metrics, float] | None = None
+        self._late: tuple[int, Metrics] | None = None
         self._waited = 0.0
-        self._held_out: dict[str, float] = {}
+        self._ranked: tuple[int, dict[str, float]] = (0, {})
 
     def __enter__(self) -> Self:
         try:
@@ -95,6 +98,7 @@ class Session:
             self.prepared: PreparedData = prepare(run.data, report)
         check_vocabulary(run, self.prepared.tokenizer.vocab_size)
         check_prompts(run, self.prepared.tokenizer)
+        check_ranking(run, self.prepared)
         self.checkpoints = self._closing.enter_context(Checkpoints(self.out / "checkpoints", run.checkpoint))
         self.loader = self._loader()
         self._closing.callback(lambda: self.loader.close())
@@ -109,7 +113,13 @@ class Session:
             objective = objective_of(run.objective)
             step = train_step(self.plan, objective, run.optim, run.safety, run.z_loss, run.steps)
             batch = abstract_batch(self.plan, run.micro_batches, self._micro_rows, run.data.seq_len)
-            self._advance = compiled(self.plan, step, batch, self.state)
+            if jax.process_count() == 1:
+                self._ballots = None
+                self._advance = compiled(self.plan, step, batch, self.state)
+            else:
+                self._ballots = Ballots(self.mesh)
+                ballot = (batch, self._ballots.abstract)
+                self._advance = compiled(self.plan, with_votes(step), ballot, self.state)
         self.recorder.pause()
         self._evaluation = evaluation_step(self.plan)
 
@@ -132,6 +142,7 @@ class Session:
         like = self.plan.abstract(self.run.model)
         check_resumable(self.run, self.checkpoints.directory, good)
         named, meta, _ = self.checkpoints.restore(good, states.as_named(like))
+        tell_changes(meta["run"], self._described)
         for difference in self.loader.check_state(meta["data"], allow_changes=self.run.allow_changes):
             log.warning("resuming with other data: %s", difference)
         log.info("resumed from step %d of %s", good, self.checkpoints.directory)
@@ -154,28 +165,33 @@ class Session:
             _, local = next(self.loader)
             parts = Batch(*(part.reshape(-1, n, part.shape[-1]).swapaxes(0, 1) for part in local))
             batch = sharding.global_arrays(where, parts, shape)
-            self._waited = time.perf_counter() - start
-            self.recorder.goodput.add("data", self._waited)
+            waited = time.perf_counter() - start
+            self._waited += waited
+            self.recorder.goodput.add("data", waited)
             yield batch
 
     def advance(self, batch: Batch) -> None:
         """Start a step on the devices, then record the one before, whose results have come in the meantime."""
         self._profiler.before(self.step + 1)
-        self.state, metrics = self._advance(self.state, batch)
+        votes = self._ballots and self._ballots.vote(bool(self._stop.reason))
+        self.state, metrics = self._advance(self.state, batch if votes is None else (batch, votes))
         for value in metrics.values():
             value.copy_to_host_async()  # under way while the step runs: read late, they cost no wait
         self.step += 1
         self._profiler.after(self.step, lambda: jax.block_until_ready(metrics))
         self._record_late()
-        self._late = (self.step, metrics, self._waited)
+        self._late = (self.step, metrics)
         self.checkpoints.check()
 
     def _record_late(self) -> None:
         if self._late is None:
             return
-        step, metrics, waited = self._late
-        self._late = None
-        row = self.recorder.step(step, {name: float(value) for name, value in metrics.items()}, waited)
+        (step, metrics), self._late = self._late, None
+        # The waits since the row before, as its step time is counted.
+        waited, self._waited = self._waited, 0.0
+        results = {name: float(value) for name, value in metrics.items()}
+        self._stop.agreed |= results.pop(VOTES, 0.0) > 0
+        row = self.recorder.step(step, results, waited)
         self.history.append(row)
         if row["skipped_in_a_row"] >= self.run.safety.skip_limit:
             raise RunError(diverged(self.history, self.run.safety.skip_limit, self.checkpoints.latest_good()))
@@ -185,34 +201,39 @@ class Session:
         return every > 0 and self.step % every == 0 and self.step < self.run.steps
 
     def evaluate(self, *, final: bool = False) -> bool:
-        """Held-out loss and bits per byte of every source that holds text out; False when a stop broke it off."""
+        """Record held-out loss and bits per byte of each source that holds text out; False when a stop broke it off."""
         wanted = self.run.evaluation
-        self._record_late()
-        with self.recorder.goodput.measure("evaluate"):
-            settings = {
-                "max_bytes": wanted.final_max_bytes if final else wanted.max_bytes, "overlap": wanted.overlap
-            }  # fmt: skip
-            losses = {}
-            for name, source in self.prepared.sources.items():
-                if source.held_out.documents:
-                    rows = self.loader.held_out_rows(
-                        name, batch_rows=self._micro_rows, rows=self._local, **settings
-                    )
-                    loss = evaluate(
-                        self._evaluation,
-                        self.plan,
-                        self.state.params,
-                        self.state.buffers,
-                        rows,
-                        self._stopping,
-                    )
-                    if loss is None:
-                        return False
-                    losses[name] = loss
+        losses = self._losses(wanted.final_max_bytes if final else wanted.max_bytes)
+        if losses is None:
+            return False
         self.recorder.evaluation(self.step, losses)
-        self.recorder.pause()
-        self._held_out = {f"held_out.{name}": loss.nll for name, loss in losses.items()}
+        if not final or wanted.every == 0:
+            self._rank(losses)
         return True
+
+    def _losses(self, max_bytes: int) -> dict[str, HeldOutLoss] | None:
+        """By source, over at most so much of its held-out text; None when a stop broke it off."""
+        self._record_late()
+        losses = {}
+        with self.recorder.goodput.measure("evaluate"):
+            for name, source in self.prepared.sources.items():
+                if not source.held_out.documents:
+                    continue
+                rows = self.loader.held_out_rows(
+                    name, batch_rows=self._micro_rows, rows=self._local, max_bytes=max_bytes,
+                    overlap=self.run.evaluation.overlap,
+                )  # fmt: skip
+                params, buffers = self.state.params, self.state.buffers
+                loss = evaluate(self._evaluation, self.plan, params, buffers, rows, self._stop.requested)
+                if loss is None:
+                    return None
+                losses[name] = loss
+        self.recorder.pause()
+        return losses
+
+    def _rank(self, losses: Mapping[str, HeldOutLoss]) -> None:
+        """What a checkpoint of this step is ranked by; a later one has other weights, and gets none of it."""
+        self._ranked = self.step, {f"held_out.{name}": loss.nll for name, loss in losses.items()}
 
     def sample(self) -> None:
         """Let the model write."""
@@ -229,15 +250,23 @@ class Session:
             "run": self._described, "model": self._described["model"], "data": self.loader.state(),
             "tokenizer": self.prepared.tokenizer.fingerprint,
         }  # fmt: skip
-        metrics = dict(self._held_out)
+        ranked_step, ranked = self._ranked
+        metrics = dict(ranked) if ranked_step == self.step else {}
         if self.history:
             metrics["loss"] = self.history[-1]["loss"]
         with self.recorder.goodput.measure("save"):
             self.checkpoints.save(self.step, states.as_named(self.state), meta, metrics=metrics, block=block)
+        self.recorder.pause()
 
     def finish(self) -> bool:
         """What is done once, after the last step; False when a stop broke it off, all but the save."""
-        whole = self.run.evaluation.every < 0 or self.evaluate(final=True)
+        wanted, whole = self.run.evaluation, True
+        if wanted.every > 0 and self.run.checkpoint.keep_best:
+            # On the text of the evaluations before, so that the last step is ranked with the others.
+            losses = self._losses(wanted.max_bytes)
+            self._rank(losses or {})
+            whole = losses is not None
+        whole = whole and (wanted.every < 0 or self.evaluate(final=True))
         self.save(block=True)
         if whole and self.run.samples.every >= 0:
             self.sample()
@@ -249,28 +278,16 @@ class Session:
         return Outcome(self.out, self.step, self.history[-1]["loss"] if self.history else None, stopped_by)
 
 
-def check_resumable(run: RunConfig, directory: Path, step: int) -> None:
-    """Raise UserError when a checkpoint holds another model than the run asks for, with the fields that differ."""
-    saved = checkpoint.read_meta(directory, step)["model"]
-    differing = sorted(differences(saved, to_dict(run.model)))
-    differing = [line for line in differing if not line.startswith(("dtype", "remat", "max_length"))]
-    if differing:
+def check_ranking(run: RunConfig, prepared: PreparedData) -> None:
+    """Raise UserError for a `best_metric` that no checkpoint of this run will have."""
+    names = [
+        "loss",
+        *(f"held_out.{name}" for name, part in prepared.sources.items() if part.held_out.documents),
+    ]
+    if run.checkpoint.keep_best and run.checkpoint.best_metric not in names:
         raise UserError(
-            f"{directory} step {step} holds another model than this run asks for: {'; '.join(differing[:6])}. "
-            "Give the run another --out, or the old model settings"
+            f"checkpoint.best_metric is {run.checkpoint.best_metric!r}; this run's checkpoints have {', '.join(names)}"
         )
-
-
-def differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
-    """Where two plain trees differ, as "place: old -> new"."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from differences(old.get(key), new.get(key), f"{place}.{key}" if place else str(key))
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (one, other) in enumerate(zip(old, new, strict=True)):
-            yield from differences(one, other, f"{place}.{index}")
-    elif old != new:
-        yield f"{place}: {old!r} -> {new!r}"
 
 
 def diverged(history: Iterable[dict[str, Any]], limit: int, good: int | None) -> str:

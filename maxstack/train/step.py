@@ -5,18 +5,20 @@ devices changes it. Nothing here waits for the host.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from maxstack import sharding
+from maxstack.config import UserError
 from maxstack.data.batch import Batch
-from maxstack.models import MoEConfig, Transformer, tree
+from maxstack.models import Transformer, tree
 from maxstack.optim import OptimConfig, clip_by_norm, ema_update, global_norm, learning_rate
-from maxstack.train.losses import LossSums, Objective, differentiable
+from maxstack.train.losses import LossSums, Objective, real_tokens, share_of_step
 from maxstack.train.state import Arrays, Health, Layout, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -34,6 +36,14 @@ class SafetyConfig:
     skip_limit: int = 10
     """Skipped updates in a row after which the run stops (steps)."""
 
+    def __post_init__(self):
+        if not (math.isfinite(self.spike_factor) and self.spike_factor >= 0):
+            raise UserError(
+                f"safety.spike_factor is {self.spike_factor}: it must be finite and not negative, 0 for never"
+            )
+        if self.skip_limit < 1:
+            raise UserError(f"safety.skip_limit is {self.skip_limit}: it must be at least 1")
+
 
 def train_step(
     plan: Layout, objective: Objective, optim: OptimConfig, safety: SafetyConfig, z_loss: float, steps: int
@@ -44,18 +54,17 @@ def train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, sums, tokens = gradients(plan, objective, state, batch, z_loss)
         norm = global_norm(grads)
-        loss = (sums.nll + sums.z) / tokens + sums.per_batch
+        loss = sums.nll + sums.z + sums.per_batch
         health = judge(state.health, loss, norm, safety.spike_factor)
         good = health.skipped == state.health.skipped
         grads = clip_by_norm(grads, norm, optim.clip_norm)
-        params, opt_state, ema = jax.lax.cond(
+        params, opt_state, ema, buffers = jax.lax.cond(
             good,
-            lambda: update(plan, optim, state, grads),
-            lambda: (state.params, state.opt_state, state.ema),
+            lambda: (*update(plan, optim, state, grads), rebalanced(plan, state.buffers, sums.expert_load)),
+            lambda: (state.params, state.opt_state, state.ema, state.buffers),
         )
-        buffers = rebalanced(plan, state.buffers, sums.expert_load)
         metrics = {
-            "loss": loss, "nll": sums.nll / tokens, "z_loss": sums.z / tokens, "tokens": tokens,
+            "loss": loss, "nll": sums.nll, "z_loss": jnp.asarray(sums.z), "tokens": tokens,
             "gradient_norm": norm, "learning_rate": rate(state.health.accepted),
             "skipped_steps": health.skipped, "skipped_in_a_row": health.skipped_in_a_row,
         } | ({"moe_loss": jnp.asarray(sums.per_batch)} if sums.expert_load else {})  # fmt: skip
@@ -67,21 +76,21 @@ def train_step(
 def gradients(
     plan: Layout, objective: Objective, state: TrainState, batch: Batch, z_loss: float
 ) -> tuple[Arrays, LossSums, jax.Array]:
-    """Gradients of the mean loss over all micro-batches (float32), sums of their losses, and the real tokens."""
-    micro_batches = batch.tokens.shape[0]
+    """Gradients of the mean loss over all micro-batches (float32), that loss, and the tokens that count."""
     tokens = jnp.maximum(batch.weights.sum(), 1.0)
+    real = jnp.maximum(real_tokens(batch), 1.0)
     targets = plan.weights("gradients")
 
     def loss(params: Arrays, micro: Batch) -> tuple[jax.Array, LossSums]:
         model: Transformer = tree.rebuild(plan.model, {**params, **state.buffers})
-        sums = objective(model, micro, z_loss)
-        return differentiable(sums, tokens, micro_batches), sums
+        sums = share_of_step(objective(model, micro, z_loss), micro, tokens, real)
+        return sums.nll + sums.z + sums.per_batch, sums
 
     def one(micro: Batch) -> tuple[Arrays, LossSums]:
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(state.params, micro)
         return {name: jax.reshard(grads[name], targets[name].spec) for name in grads}, sums
 
-    if micro_batches == 1:
+    if batch.tokens.shape[0] == 1:
         grads, sums = one(jax.tree.map(lambda leaf: leaf[0], batch))
         return grads, sums, tokens
 
@@ -92,8 +101,7 @@ def gradients(
     shapes = plan.shapes
     zeros = {name: jax.reshard(jnp.zeros(shapes[name].shape), targets[name].spec) for name in shapes}
     grads, each = jax.lax.scan(add, zeros, batch)
-    sums = jax.tree.map(lambda leaf: leaf.sum(0), each)
-    return grads, sums._replace(per_batch=sums.per_batch / micro_batches), tokens
+    return grads, jax.tree.map(lambda leaf: leaf.sum(0), each), tokens
 
 
 def update(
@@ -124,25 +132,24 @@ def judge(health: Health, loss: jax.Array, norm: jax.Array, spike_factor: float)
 
 
 def rebalanced(plan: Layout, buffers: Arrays, load: dict[str, jax.Array]) -> Arrays:
-    """Balancing biases moved towards even load, a fixed step each (Wang et al. 2024, arXiv:2408.15664, algorithm 1)."""
+    """Balancing biases moved towards even load, a fixed step each (Wang et al. 2024, arXiv:2408.15664, algorithm 1).
+
+    A feed-forward of a user's own may report its load too; only one with a `bias_rate` and a buffer `balance` is moved.
+    """
     buffers = dict(buffers)
     for name, load_le in load.items():
         stack, layer = name.split(".")
-        config = cast(MoEConfig, plan.model.config.stacks[int(stack)].pattern[int(layer)].feed_forward)
-        bias = f"stacks.{stack}.layers.{layer}.feed_forward.balance"
-        direction = jnp.sign(load_le.mean(-1, keepdims=True) - load_le)
-        buffers[bias] = buffers[bias] + config.bias_rate * direction
+        config: Any = plan.model.config.stacks[int(stack)].pattern[int(layer)].feed_forward
+        bias, rate = f"stacks.{stack}.layers.{layer}.feed_forward.balance", getattr(config, "bias_rate", 0.0)
+        if rate and bias in buffers:
+            buffers[bias] += rate * jnp.sign(load_le.mean(-1, keepdims=True) - load_le)
     return buffers
 
 
-def compiled(plan: Layout, step: Callable, batch: Batch, state: TrainState) -> jax.stages.Compiled:
+def compiled(plan: Layout, step: Callable, batch: Any, state: TrainState) -> jax.stages.Compiled:
     """`step` compiled ahead of time for these shapes; the state it is given is given up."""
-    shardings = plan.shardings()
-    metrics = plan.replicated
     with jax.set_mesh(plan.devices):
-        jitted = jax.jit(
-            step, donate_argnums=0, out_shardings=(shardings, metrics)
-        )  # fmt: skip
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(plan.shardings(), plan.replicated))
         return jitted.lower(state, batch).compile()
 
 

@@ -32,7 +32,8 @@ class StopRequest:
         self._before: dict[int, Any] = {}
         self._at_once = False
         self._left = threading.Event()
-        self._agreement: Any = None
+        self.agreed = False
+        """Whether all processes have learnt that one of them was asked to stop."""
 
     def __enter__(self) -> Self:
         listening, self._sending = socket.socketpair()
@@ -66,17 +67,11 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether any process has been asked to stop: all of them leave after the same step.
 
-        With several processes each must ask equally often, and a request counts from the next question on.
+        With several processes that is so once the votes of a step have come back (agreement.py).
         """
         import jax
 
-        if jax.process_count() == 1:
-            return bool(self.reason)
-        if self._agreement is None:
-            from maxstack.train.agreement import Agreement
-
-            self._agreement = Agreement()
-        return self._agreement.any(bool(self.reason))
+        return bool(self.reason) if jax.process_count() == 1 else self.agreed
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         first, self.reason = not self.reason, self.reason or signal.Signals(number).name

@@ -17,8 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxstack.checkpoint import CheckpointConfig, CheckpointError, Checkpoints, read_arrays, restore_partial
-from maxstack.checkpoint import checkpoints as checkpoints_module
+from maxstack.checkpoint import (
+    CheckpointConfig,
+    CheckpointError,
+    Checkpoints,
+    manifest,
+    read_arrays,
+    restore_partial,
+)
 from maxstack.checkpoint.folder import half_written
 from maxstack.config import RunError
 
@@ -133,9 +139,9 @@ def test_latest_good_and_the_restore_after_it_hash_the_files_once(
 ) -> None:
     save_steps(tmp_path, 1)
     looked = []
-    verify = checkpoints_module.verify
+    problems = manifest.problems
     monkeypatch.setattr(
-        checkpoints_module, "verify", lambda path, how: looked.append(path.name) or verify(path, how)
+        manifest, "problems", lambda path, how: looked.append(path.name) or problems(path, how)
     )
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.restore(checkpoints.latest_good())[2].verified == "hash"
@@ -179,10 +185,38 @@ def test_a_newer_layout_is_refused_and_not_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "00000002" / "checkpoint.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"layout": 9, "versions": {"maxstack": "7.1"}}))
+    listing = sorted(tmp_path.rglob("*"))
     checkpoints = Checkpoints(tmp_path)
     for use in (checkpoints.restore, checkpoints.latest_good, lambda: restore_partial(tmp_path, {})):
-        with pytest.raises(CheckpointError, match=r"layout 9, this maxstack reads up to 1.*maxstack 7\.1"):
+        with pytest.raises(
+            CheckpointError, match=r"layout 9, this maxstack reads up to 1.*maxstack 7\.1"
+        ) as caught:
             use()
+        assert "step 1 is intact: restore that one (--step 1)" in str(caught.value)
+        assert f"move the later ones out of {tmp_path} to resume" in str(caught.value)
+        assert (caught.value.step, caught.value.good_step) == (2, 1)
+    assert sorted(tmp_path.rglob("*")) == listing
+    # What the message says works.
+    assert holds(tmp_path, 1)
+    (tmp_path / "00000002").rename(tmp_path / "elsewhere")
+    assert checkpoints.latest_good() == 1
+
+
+def test_beside_a_newer_layout_only_what_this_version_can_read_is_offered(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2, 3, 4)
+    for step in (2, 4):
+        path = tmp_path / f"{step:08d}" / "checkpoint.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"layout": 9}))
+    flip_byte(largest_file(tmp_path / "00000003"))
+    for use in (Checkpoints(tmp_path).restore, Checkpoints(tmp_path).latest_good):
+        with pytest.raises(CheckpointError, match="layout 9") as caught:
+            use()
+        assert (caught.value.step, caught.value.good_step) == (4, 1)
+    flip_byte(largest_file(tmp_path / "00000001"))
+    with pytest.raises(
+        CheckpointError, match=r"layout 9.*no other checkpoint is intact; nothing was deleted"
+    ):
+        Checkpoints(tmp_path).latest_good()
 
 
 def test_half_written_folders_are_ignored_with_a_notice_and_cleared_by_the_next_save(

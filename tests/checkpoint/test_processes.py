@@ -1,5 +1,6 @@
 """Real processes: several that save and restore together, and one that is killed while it saves."""
 
+import json
 import os
 import random
 import shutil
@@ -49,13 +50,16 @@ def test_saved_by_two_processes_and_restored_by_one(tmp_path: Path) -> None:
     worker.restore(tmp_path)
 
 
-def test_saved_by_one_process_and_restored_by_two_and_damage_refused_in_both(tmp_path: Path) -> None:
+def test_saved_by_one_process_and_restored_by_two_and_refused_in_both(tmp_path: Path) -> None:
     worker.save(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
     files = [path for path in (tmp_path / "damaged" / "00000003").rglob("*") if path.is_file()]
     data = max(files, key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[:-1] + b"?")
-    run("restore_whole_and_refuse_damaged", tmp_path, 2)
+    shutil.copytree(tmp_path / "whole", tmp_path / "newer")
+    record = tmp_path / "newer" / "00000003" / "checkpoint.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"layout": 9}))
+    run("restore_whole_and_refuse_others", tmp_path, 2)
 
 
 @pytest.mark.parametrize("job", ["stop_while_writing", "stop_before_rename"])

@@ -20,7 +20,7 @@ METRICS = {step: {"loss": loss} for step, loss in LOSSES.items()}
         (CheckpointConfig(keep_last=9), {1, 2, 3, 4, 5, 6}),
         (CheckpointConfig(keep_last=1, keep_every=2), {2, 4, 6}),
         (CheckpointConfig(keep_last=1, keep_best=2), {2, 3, 6}),
-        (CheckpointConfig(keep_last=1, keep_best=1, best_mode="max"), {6}),
+        (CheckpointConfig(keep_last=1, keep_best=1, best_mode="max"), {4, 6}),
         (CheckpointConfig(keep_last=1, keep_every=5, keep_best=1), {2, 5, 6}),
         (CheckpointConfig(keep_last=1, keep_best=3, best_metric="accuracy"), {6}),
     ],
@@ -38,6 +38,32 @@ def test_a_metric_that_is_absent_or_not_finite_never_ranks_as_best() -> None:
         5: {"loss": 1.0},
     }
     assert ranked(metrics, CheckpointConfig()) == [5, 1]
+
+
+def test_of_equally_good_ones_the_earlier_stays() -> None:
+    equal = {step: {"loss": 1.0} for step in (1, 2, 3)}
+    for mode in ("min", "max"):
+        assert ranked(equal, CheckpointConfig(best_mode=mode)) == [1, 2, 3]
+
+
+def test_a_best_metric_that_is_never_saved_is_said_once_with_those_there_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warnings(folder: str, config: CheckpointConfig, *metrics: dict[str, float]) -> list[str]:
+        caplog.clear()
+        with Checkpoints(tmp_path / folder, config) as checkpoints:
+            for step, values in enumerate(metrics):
+                checkpoints.save(step, {"w": jnp.full(4, step)}, {}, values)
+        return [record.getMessage() for record in caplog.records if "best_metric" in record.getMessage()]
+
+    misspelt = CheckpointConfig(keep_best=1, best_metric="held_out.word")
+    found = {"loss": 1.0, "held_out.words": 2.0}
+    (message,) = warnings("misspelt", misspelt, {}, found, found)
+    assert "'held_out.word' is none of" in message
+    assert "held_out.words, loss" in message
+    right = CheckpointConfig(keep_best=1, best_metric="held_out.words")
+    assert warnings("right", right, {}, found) == []
+    assert warnings("not ranked", CheckpointConfig(best_metric="held_out.word"), found) == []
 
 
 def test_saving_deletes_what_is_not_kept(tmp_path: Path) -> None:

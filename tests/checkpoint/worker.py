@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -82,20 +83,27 @@ def restore(directory: Path) -> None:
     np.testing.assert_array_equal(named["params"]["v"], values.T)
 
 
-def restore_whole_and_refuse_damaged(directory: Path) -> None:
+def restore_whole_and_refuse_others(directory: Path) -> None:
     """In every process; none waits for the others forever."""
     from maxstack.checkpoint import CheckpointError, Checkpoints
 
-    restore(directory / "whole")
-    found: CheckpointError | None = None
-    with Checkpoints(directory / "damaged") as checkpoints:
+    def refused(use: Callable[[], object]) -> None:
+        found: CheckpointError | None = None
         try:
-            checkpoints.restore()
+            use()
         except CheckpointError as error:
             found = error
-    assert found is not None
-    assert found.good_step == 2
-    assert "step 2 is intact" in str(found)
+        assert found is not None
+        assert (found.step, found.good_step) == (3, 2)
+        assert "step 2 is intact" in str(found)
+
+    restore(directory / "whole")
+    with Checkpoints(directory / "damaged") as checkpoints:
+        refused(checkpoints.restore)
+        assert checkpoints.latest_good() == 2
+    with Checkpoints(directory / "newer") as checkpoints:
+        refused(checkpoints.latest_good)
+        refused(checkpoints.restore)
 
 
 def save_until_killed(directory: Path) -> None:
@@ -153,7 +161,7 @@ JOBS = {
     job.__name__: job
     for job in (
         save,
-        restore_whole_and_refuse_damaged,
+        restore_whole_and_refuse_others,
         save_until_killed,
         stop_while_writing,
         stop_before_rename,

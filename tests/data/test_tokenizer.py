@@ -1,12 +1,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maxstack.config import UserError
+from maxstack.config import RunError, UserError
 from maxstack.data.tokenizer import (
     END_OF_TEXT,
     Tokenizer,
@@ -142,3 +145,58 @@ def test_missing_tokenizer_and_too_small_vocabulary_are_refused(tmp_path):
         load_tokenizer(tmp_path / "nothing")
     with pytest.raises(UserError, match="at least 257"):
         train_bpe(iter(TEXTS), 100)
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache of a Hub that cannot be reached."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def snapshot(cache: Path) -> Path:
+    """Where the cache keeps the files of owner/name."""
+    place = cache / "models--owner--name"
+    (place / "refs").mkdir(parents=True, exist_ok=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    return place / "snapshots" / ("0" * 40)
+
+
+def test_a_tokenizer_by_name_comes_from_the_cache_without_the_hub(tokenizer, hub_cache):
+    tokenizer.save(snapshot(hub_cache))
+    assert load_tokenizer("hf:owner/name").fingerprint == tokenizer.fingerprint
+    # Many have no config beside; offline that is no obstacle.
+    (snapshot(hub_cache) / "tokenizer_config.json").unlink()
+    assert load_tokenizer("hf:owner/name").eos_id == tokenizer.eos_id
+
+
+def test_what_is_not_cached_is_fetched_the_tokenizer_files_only(tokenizer, hub_cache, monkeypatch):
+    asked = []
+
+    def download(repository, *, allow_patterns, local_files_only=False):
+        asked.append((repository, allow_patterns, local_files_only))
+        if not local_files_only:
+            tokenizer.save(snapshot(hub_cache))
+        return str(snapshot(hub_cache))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for _ in range(2):
+        assert load_tokenizer("hf:owner/name").fingerprint == tokenizer.fingerprint
+    files = ["tokenizer.json", "tokenizer_config.json"]
+    assert asked == [("owner/name", files, local) for local in (True, False, True)]
+
+
+def test_an_unreachable_hub_is_said_with_the_cache_and_how_to_fill_it(hub_cache):
+    with pytest.raises(RunError, match="tokenizer of owner/name is not in the cache") as caught:
+        load_tokenizer("hf:owner/name")
+    assert str(hub_cache) in str(caught.value)
+    assert "hf download owner/name tokenizer.json tokenizer_config.json" in str(caught.value)
+
+
+def test_a_wrong_name_and_a_repository_without_tokenizer_are_refused(hub_cache):
+    with pytest.raises(UserError, match="'hf:a/b/c' names no repository: give hf:owner/name"):
+        load_tokenizer("hf:a/b/c")
+    snapshot(hub_cache).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"owner/name has no tokenizer\.json"):
+        load_tokenizer("hf:owner/name")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 
 from maxstack.config import UserError
 from maxstack.models import BlockConfig, RopeConfig, StackConfig, Transformer, TransformerConfig, tree
+from maxstack.models.remat import rematerialised
 from tests.models.tiny import CONFIGS, GATED, GROUPED, JOINED, QUICK, build, model_config, tokens
 
 # Float32 sums of at most 64 terms, in another order, through 4 layers: logits of size 1 were seen to differ by 4e-6.
@@ -208,6 +210,16 @@ def test_offload_is_refused_where_there_is_no_host_memory_space():
         pytest.skip("this backend can offload")
     with pytest.raises(UserError, match=r"'offload' needs an accelerator.*use 'full'"):
         model(tokens(1, 4))
+
+
+def test_offload_is_judged_by_the_devices_compiled_for():
+    """Ahead of time, an accelerator's program is traced on a host that has only CPUs."""
+    for name, refused in (("tpu", False), ("cpu", True)):
+        described = jax.sharding.AbstractDevice(device_kind=name, num_cores=1, platform=name)
+        mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=described)
+        expected = pytest.raises(UserError, match="compiled for cpu") if refused else nullcontext()
+        with jax.sharding.use_abstract_mesh(mesh), expected:
+            rematerialised(lambda x: x, "offload")
 
 
 @pytest.mark.parametrize("name", ["window", "mixture"])

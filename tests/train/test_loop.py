@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import logging
+import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -15,6 +18,7 @@ from maxstack.models.load import load
 from maxstack.sharding import MeshConfig
 from maxstack.telemetry import read_rows
 from maxstack.train import loop, session
+from maxstack.train.evaluate import HeldOutLoss
 from maxstack.train.run import EvaluationConfig, RunConfig, SampleConfig
 from maxstack.train.stop import StopRequest
 from tests.train.runs import tiny_run
@@ -144,12 +148,52 @@ def test_repeated_non_finite_steps_stop_the_run_with_what_led_there(tmp_path):
         run_on(run)
 
 
-def test_best_checkpoint_by_held_out_loss_is_kept(tmp_path):
+def test_best_checkpoint_by_held_out_loss_is_kept_and_only_measured_ones_rank(tmp_path, monkeypatch):
+    held_out = iter(
+        [3.0, 2.0, 4.0, 5.0, 1.0]
+    )  # of steps 2, 4, 6, then of the last on the same text, and on all of it
+
+    def scripted(*args):
+        return HeldOutLoss(next(held_out), 1.0)
+
+    monkeypatch.setattr(session, "evaluate", scripted)
     run = tiny_run(
         tmp_path, evaluation=EvaluationConfig(every=2),
-        checkpoint=CheckpointConfig(save_every=2, keep_last=1, keep_best=1, best_metric="held_out.words"),
+        checkpoint=CheckpointConfig(save_every=1, keep_last=1, keep_best=1, best_metric="held_out.words"),
     )  # fmt: skip
     run_on(run)
-    metas = sorted(path.name for path in (Path(run.out) / "checkpoints").iterdir() if path.name.isdigit())
-    assert "7" in {name.lstrip("0") for name in metas}
+    kept = {int(path.name) for path in (Path(run.out) / "checkpoints").iterdir() if path.name.isdigit()}
+    # Step 5 was saved with the weights after step 4's evaluation, and step 7's loss over more text is another figure.
+    assert kept == {4, 7}
     assert json.loads((Path(run.out) / "goodput.json").read_text())
+
+
+def test_a_metric_that_no_checkpoint_will_have_is_refused(tmp_path):
+    wrong = CheckpointConfig(keep_best=1, best_metric="held_out.wrods")
+    with pytest.raises(UserError, match=r"this run's checkpoints have loss, held_out.words"):
+        run_on(tiny_run(tmp_path, checkpoint=wrong))
+
+
+def test_resuming_with_another_optimizer_is_refused_and_other_settings_are_told(finished, tmp_path, caplog):
+    with pytest.raises(UserError, match=r"state of optim\.name 'adamw'.* asks for 'lion'"):
+        run_on(dataclasses.replace(finished, optim=dataclasses.replace(finished.optim, name="lion"), steps=9))
+    shutil.copytree(finished.out, tmp_path / "run")
+    with caplog.at_level("WARNING", "maxstack"):
+        logging.getLogger("maxstack").propagate = True
+        run_on(dataclasses.replace(finished, out=str(tmp_path / "run"), steps=8, z_loss=1e-4))
+    assert "steps: 7 -> 8; z_loss: 0.0 -> 0.0001" in caplog.text
+
+
+def test_a_save_is_no_part_of_the_step_after_it(tmp_path, monkeypatch):
+    save = session.Checkpoints.save
+
+    def slow_save(self, *args, **settings):
+        time.sleep(0.5)
+        return save(self, *args, **settings)
+
+    monkeypatch.setattr(session.Checkpoints, "save", slow_save)
+    run = tiny_run(tmp_path, checkpoint=CheckpointConfig(save_every=1))
+    run_on(run)
+    rows = [row for row in read_rows(Path(run.out) / "metrics.jsonl") if row["kind"] == "train"]
+    assert min(row["step_seconds"] for row in rows) < 0.5
+    assert all(0 <= row["data_wait_seconds"] <= row["step_seconds"] for row in rows)

@@ -94,7 +94,7 @@ def _tiles(records: Records) -> str:
             (
                 "peak memory",
                 f"{peak / GIB:.2f} GiB",
-                "device" if records.last.get("device_memory_bytes") else "host",
+                _memory_owner(records),
             )
         )
     if skipped := records.last.get("skipped_steps"):
@@ -104,6 +104,14 @@ def _tiles(records: Records) -> str:
         for name, value, note in tiles
     )
     return f'<dl class="tiles">{cells}</dl>'
+
+
+def _memory_owner(records: Records) -> str:
+    """Whose memory the tile shows; on a CPU the devices' is that of the process."""
+    host, device = (records.last.get(f"{kind}_memory_bytes") for kind in ("host", "device"))
+    if not device:
+        return "host"
+    return "process" if device == host else "device"
 
 
 def _loss(records: Records) -> str:
