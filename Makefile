@@ -86,8 +86,13 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Beside PyTorch where an interpreter that has it is named: make bench TORCH_PYTHON=…/bin/python
 bench: venv
-	for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit 1; done
+	$(BIN)/python benchmarks/compile_depth.py
+	$(BIN)/python benchmarks/step_overhead.py
+	$(BIN)/python benchmarks/checkpoint_overhead.py
+	$(BIN)/python benchmarks/train_cpu.py $(if $(TORCH_PYTHON),--torch-python $(TORCH_PYTHON),--contenders maxstack)
+	$(BIN)/python benchmarks/aot_tpu.py
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist

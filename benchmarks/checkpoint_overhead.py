@@ -1,15 +1,16 @@
 """What a checkpoint costs the training beside it: blocked time, and the slowdown of the steps it overlaps.
 
-    python benchmarks/checkpoint_overhead.py --million-parameters 30 --out DIR
+    python benchmarks/checkpoint_overhead.py --million-parameters 30
 
 The state is float32 parameters with two Adam moments, the step is a few large matrix products and an update in donated
-buffers. Prints one JSON object. Bytes go to the disk that DIR is on.
+buffers. Prints one JSON object. Bytes go to the disk of --out, or to that of temporary files.
 """
 
 import argparse
 import json
 import shutil
 import statistics
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -82,12 +83,11 @@ def main() -> None:
     parser.add_argument("--million-parameters", type=float, default=30)
     parser.add_argument("--products", type=int, default=60, help="matrix products a step")
     parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the checkpoints, removed at the end"
-    )
+    parser.add_argument("--out", type=Path, help="folder for the checkpoints, removed at the end")
     arguments = parser.parse_args()
-    result = measure(arguments.million_parameters, arguments.products, arguments.rows, arguments.out)
-    shutil.rmtree(arguments.out)
+    out = arguments.out or Path(tempfile.mkdtemp(prefix="checkpoint_overhead."))
+    result = measure(arguments.million_parameters, arguments.products, arguments.rows, out)
+    shutil.rmtree(out)
     print(json.dumps({name: round(value, 4) for name, value in result.items()}, indent=1))
 
 

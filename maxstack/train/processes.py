@@ -26,6 +26,8 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
     settings = asked_for(environment)
     if settings is None:
         return
+    # Its handler of SIGTERM would take the place of ours; the votes of agreement.py do what it is for.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**settings, initialization_timeout=JOIN_WITHIN_S)
     except (RuntimeError, ValueError) as error:
