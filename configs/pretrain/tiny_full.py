@@ -27,7 +27,7 @@ def config() -> RunConfig:
         base,
         model=model,
         out="runs/tiny-full",
-        steps=1800,
+        steps=1500,
         optim=OptimConfig(name="muon", peak_lr=0.02, weight_decay=0.1, ema_decay=0.998, schedule=schedule),
         evaluation=EvaluationConfig(every=200, max_bytes=1 << 16, overlap=128),
         samples=SampleConfig(every=400, prompts=("HAMLET.\n",), max_tokens=96),
