@@ -7,7 +7,7 @@ layout that cannot work is refused while tracing. Without a mesh every function 
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -130,14 +130,18 @@ def _rule(rules: Mapping[str, MeshAxes], axis: str) -> MeshAxes:
 def present(mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> PartitionSpec:
     """`spec` without the mesh axes of size 1, so that on one device no type mentions a mesh axis."""
 
-    def kept(axes: MeshAxes) -> MeshAxes:
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        large = tuple(name for name in names if mesh.shape[name] > 1)
-        if not large:
-            return None
-        return large if len(large) > 1 else next(iter(large))
+    return PartitionSpec(*(_entry(name for name in _names(axes) if mesh.shape[name] > 1) for axes in spec))
 
-    return PartitionSpec(*(kept(axes) for axes in spec))
+
+def _names(axes: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes of one dimension, slowest first."""
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def _entry(names: Iterable[str]) -> MeshAxes:
+    """The mesh axes of one dimension, written as types write them."""
+    names = tuple(names)
+    return names if len(names) > 1 else next(iter(names), None)
 
 
 def weight_shardings(
@@ -153,7 +157,7 @@ def check_divides(shapes: Mapping[str, tuple[int, ...]], shardings: Mapping[str,
     """Raise UserError naming the first array whose dimension does not divide by its mesh axes, with the numbers."""
     for name, sharding in shardings.items():
         for size, mesh_axes in zip(shapes[name], sharding.spec, strict=False):
-            names = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
+            names = _names(mesh_axes)
             parts = math.prod(sharding.mesh.shape[axis] for axis in names)
             if size % parts:
                 raise UserError(
@@ -194,6 +198,67 @@ def gather(weight: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype) -> jax.Ar
     if mesh is None:
         return weight
     return jax.reshard(weight, present(mesh, weight_spec(axes, "compute", 0)))
+
+
+def gather_local(cut: jax.Array, spec: PartitionSpec, tokens: PartitionSpec, dtype: jnp.dtype) -> jax.Array:
+    """Inside `jax.shard_map`: the local part `cut` of a weight of `spec`, gathered over the axes that cut the tokens.
+
+    It travels in `dtype`; its gradient is summed over the devices in float32, each getting its own part.
+    """
+    over = [axis for axes in tokens[:2] for axis in _names(axes)]
+    dims = [(i, axis) for i, axes in enumerate(spec) for axis in _names(axes) if axis in over]
+    copied = tuple(axis for axis in over if axis not in [gathered for _, gathered in dims])
+    cut = jax.lax.pcast(
+        cut, copied, to="varying"
+    )  # the transpose of this sums over the axes that copy the weight
+
+    @jax.custom_vjp
+    def gathered(w: jax.Array) -> jax.Array:
+        w = w.astype(dtype)
+        for dim, axis in dims:
+            w = jax.lax.all_gather(w, axis, axis=dim, tiled=True)
+        return w
+
+    def summed(_: None, g: jax.Array) -> tuple[jax.Array]:
+        g = g.astype(cut.dtype)
+        for dim, axis in reversed(dims):
+            g = jax.lax.psum_scatter(g, axis, scatter_dimension=dim, tiled=True)
+        return (g,)
+
+    gathered.defvjp(lambda w: (gathered(w), None), summed)
+    return gathered(cut)
+
+
+def rows(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`table[ids]` in `dtype` as an activation [b, t, d], of a table [v, d] cut as any weight is.
+
+    Rows travel, not the table: each device looks up its columns of its rows for the tokens of all devices that share
+    the columns, and each of them gets its own. The gradient of the table is added where the table lies.
+    """
+    if on_one_device():
+        return table[ids].astype(dtype)
+    vocabulary, columns = jax.typeof(table).sharding.spec
+    out = activation_spec("batch", "sequence", "embed")
+    assert out is not None
+    kept = _entry(axis for axis in _names(out[0]) if axis not in _names(columns))
+
+    def found(table: jax.Array, ids: jax.Array) -> jax.Array:
+        if vocabulary is None:
+            return table[ids].astype(dtype)
+        local = ids - jax.lax.axis_index(vocabulary) * table.shape[0]
+        here = (local >= 0) & (local < table.shape[0])
+        x = jnp.where(here[..., None], table[jnp.where(here, local, 0)].astype(dtype), 0)
+        return jax.lax.psum(x, vocabulary)  # one summand is not zero, so this is exact in any type
+
+    specs = (PartitionSpec(vocabulary, columns), PartitionSpec(kept, None))
+    look_up = jax.shard_map(found, in_specs=specs, out_specs=PartitionSpec(kept, None, columns))
+    return jax.reshard(look_up(table, jax.reshard(ids, specs[1])), out)
+
+
+def unreduced(operand: jax.Array, x: jax.Array) -> PartitionSpec:
+    """Spec of a gradient of `operand` of which each device has the part of its own tokens of `x` [b, t, ...] yet."""
+    over = {axis for axes in jax.typeof(x).sharding.spec[:2] for axis in _names(axes)}
+    return PartitionSpec(*jax.typeof(operand).sharding.spec, unreduced=over)
 
 
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:

@@ -1,6 +1,6 @@
 """InternLM2-7B from scratch (arXiv:2403.17297) on 16 TPU v5e chips (v5e:4x4, 16 GiB each), 4,096-token rows.
 
-As compiled today a step takes 19.5 GiB a chip, more than there are (docs/benchmarks.md): take a larger slice.
+A step takes 14 GiB a chip as the compiler counts (docs/benchmarks.md).
 
 Put the text (WanJuan-style JSONL: `id`, `content`) into data/pretrain and a tokenizer of at most 92,544 tokens into
 data/tokenizer, or name other places: --data.sources.0.path, --data.tokenizer.path.

@@ -12,7 +12,6 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from maxstack import sharding
@@ -68,22 +67,10 @@ class Linear(nnx.Module):
         self.contract = contract
         self.w = weight(key, shape, axes, scale / math.sqrt(math.prod(shape[:contract])))
         self.b = constant(0.0, shape[contract:], axes[contract:]) if bias else None
-        self.outputs = axes[contract:]
+        self.axes = axes
 
     def __call__(self, x: Float[Array, "b t ..."]) -> Float[Array, "b t ..."]:
-        return self._offset(
-            product(x, self.w[...], self.contract) if sharding.on_one_device() else self._sharded(x)
-        )
-
-    def _sharded(self, x: Float[Array, "b t ..."]) -> Float[Array, "b t ..."]:
-        w = operand(self.w, x.dtype)
-        dims = (tuple(range(2, 2 + self.contract)), tuple(range(self.contract)))
-        y = jax.lax.dot_general(
-            x, w, (dims, ((), ())), out_sharding=sharding.activation_spec("batch", "sequence", *self.outputs)
-        )
-        return checkpoint_name(y, "product")
-
-    def _offset(self, y: Float[Array, "b t ..."]) -> Float[Array, "b t ..."]:
+        y = product(x, self.w[...], self.axes, self.contract)
         if self.b is None:
             return y
         # Added in float32, and so its gradient is summed over all tokens in float32.
@@ -170,14 +157,12 @@ class Embedding(nnx.Module):
     def __call__(self, tokens_bt: Int[Array, "b t"], dtype: jnp.dtype) -> Float[Array, "b t d"]:
         # Rows are cast, not the table: a frequent token's gradient is summed over its thousands of places in float32
         # (in bfloat16 the sum of ones ends at 256).
-        table = operand(self.table, jnp.dtype(jnp.float32))
-        out = sharding.activation_spec("batch", "sequence", "embed")
-        x = (table[tokens_bt] if out is None else table.at[tokens_bt].get(out_sharding=out)).astype(dtype)
+        x = sharding.rows(self.table[...], tokens_bt, dtype)
         return x if self.scale == 1.0 else x * jnp.asarray(self.scale, dtype)
 
     def unembedding(self, dtype: jnp.dtype) -> Float[Array, "d v"]:
-        """The table as an output projection."""
-        return operand(self.table, dtype).T
+        """The table as an output projection, cut as it is."""
+        return self.table[...].astype(dtype).T
 
 
 def soft_cap(x: Array, cap: float | None) -> Array:

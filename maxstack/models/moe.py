@@ -1,7 +1,6 @@
 """Mixture of experts without dropped tokens: route, sort tokens by expert, grouped products, put back."""
 
 import dataclasses
-from functools import partial
 from typing import Literal
 
 import jax
@@ -13,7 +12,8 @@ from maxstack import sharding
 from maxstack.config import UserError
 from maxstack.kernels.grouped_matmul import grouped_matmul
 from maxstack.models.feed_forward import ACTIVATIONS, Activation, Aux, FeedForwardConfig
-from maxstack.models.layers import Buffer, operand, require, weight
+from maxstack.models.layers import Buffer, require, weight
+from maxstack.models.product import product
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class MoE(nnx.Module):
         self, x: Float[Array, "b t d"], real_bt: Bool[Array, "b t"] | None = None
     ) -> tuple[Float[Array, "b t d"], Aux]:
         chosen_btk, weights_btk, aux = self.route(x, real_bt)
-        experts = tuple(operand(w, x.dtype) for w in (self.gate, self.up, self.down))
+        experts = (self.gate[...], self.up[...], self.down[...])
         y = run_experts(x, chosen_btk, weights_btk.astype(x.dtype), experts, self.config)
         return (y if self.shared is None else y + self.shared(x)[0]), aux
 
@@ -83,8 +83,7 @@ class MoE(nnx.Module):
     ) -> tuple[Int[Array, "b t j"], Float[Array, "b t j"], Aux]:
         """Chosen experts and their weights per token, float32 throughout; the balancing bias only affects choice."""
         c = self.config
-        router = operand(self.router, jnp.dtype(jnp.float32))
-        logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), router)
+        logits = product(x.astype(jnp.float32), self.router[...], ("embed", "expert"))
         scores = jax.nn.softmax(logits, -1) if c.scoring == "softmax" else jax.nn.sigmoid(logits)
         biased = jax.lax.stop_gradient(scores) + self.balance[...]
         chosen = jax.lax.top_k(biased, c.experts_per_token)[1]
@@ -126,17 +125,24 @@ def run_experts(
 ) -> Float[Array, "b t d"]:  # fmt: skip
     """The weighted sum of each token's experts. Under a mesh every device serves its own tokens."""
     if sharding.current_mesh() is None:
-        return local_experts(x, chosen, weights, *experts, config=config, tensor_axis=None)
+        return local_experts(x, chosen, weights, *(w.astype(x.dtype) for w in experts), config=config)
     spec = jax.typeof(x).sharding.spec
     operands = (x, chosen, weights, *experts)
-    run = partial(local_experts, config=config, tensor_axis="tensor")
+
+    def run(x: Array, chosen: Array, weights: Array, *cut: Array) -> Array:
+        gathered = (
+            sharding.gather_local(mine, jax.typeof(w).sharding.spec, spec, x.dtype)
+            for mine, w in zip(cut, experts, strict=True)
+        )
+        y = local_experts(x, chosen, weights, *gathered, config=config)
+        return jax.lax.psum(y, "tensor")
+
     specs = tuple(jax.typeof(a).sharding.spec for a in operands)
     return jax.shard_map(run, in_specs=specs, out_specs=spec)(*operands)
 
 
 def local_experts(
-    x: Array, chosen: Array, weights: Array, gate: Array, up: Array, down: Array, *,
-    config: MoEConfig, tensor_axis: str | None,
+    x: Array, chosen: Array, weights: Array, gate: Array, up: Array, down: Array, *, config: MoEConfig
 ) -> Array:  # fmt: skip
     """Tokens sorted by expert, three grouped products, and the way back; each expert's columns may be split."""
     b, t, d = x.shape
@@ -150,5 +156,4 @@ def local_experts(
     )
     y = grouped_matmul(h, down, sizes)
     y = jnp.zeros_like(y).at[order].set(y).reshape(tokens, per_token, d)
-    y = jnp.einsum("tjd,tj->td", y, weights.reshape(tokens, per_token)).reshape(b, t, d)
-    return y if tensor_axis is None else jax.lax.psum(y, tensor_axis)
+    return jnp.einsum("tjd,tj->td", y, weights.reshape(tokens, per_token)).reshape(b, t, d)

@@ -1,7 +1,12 @@
-"""Products with a weight on one device: flattened to two dimensions, with a float32 weight gradient.
+"""Products with a weight, whose gradient is summed in float32: over the tokens, and over the devices of a mesh.
 
-Left to itself XLA:CPU converts both operands of a bfloat16 weight gradient to float32, at a third of the speed. Here
-one operand is laid out transposed first, the form that it multiplies fastest; elsewhere the plain product is best.
+On one device it is flattened to two dimensions. Left to itself XLA:CPU converts both operands of a bfloat16
+weight gradient to float32, at a third of the speed. Here one operand is laid out transposed first, the form that it
+multiplies fastest; elsewhere the plain product is best.
+
+On a mesh the weight stays cut between its uses: it is gathered in the compute type for the
+forward pass and again for the backward one, and its gradient is summed straight into the cut it has (a reduce-scatter
+where the devices form a ring), so that a scan over layers never keeps a whole one.
 """
 
 import math
@@ -13,11 +18,20 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+from maxstack import sharding
+
 Pair = tuple[Array, Array]
 
 
-def product(x: Float[Array, "b t ..."], w: Float[Array, "..."], contract: int) -> Float[Array, "b t ..."]:
-    """`x w` in x's type: the last `contract` axes of x with the first of w, which stays float32 outside."""
+def product(
+    x: Float[Array, "b t ..."], w: Float[Array, "..."], axes: tuple[str, ...], contract: int = 1
+) -> Float[Array, "b t ..."]:
+    """`x w` in x's type: the last `contract` axes of x with the first of w, which has the logical `axes`.
+
+    w stays float32 and cut as it is outside; the output is sharded as an activation of its axes.
+    """
+    if not sharding.on_one_device():
+        return sharded_product(x, w, axes, contract)
     inputs, outputs = math.prod(w.shape[:contract]), w.shape[contract:]
     y = flat_product(x.reshape(-1, inputs), w.reshape(inputs, -1))
     return y.reshape(*x.shape[:2], *outputs)
@@ -65,3 +79,34 @@ def as_it_is(dtype: jnp.dtype, x: Array, g: Array) -> Array:
 
 
 flat_product.defvjp(forward, backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def sharded_product(
+    x: Float[Array, "b t ..."], w: Float[Array, "..."], axes: tuple[str, ...], contract: int
+) -> Float[Array, "b t ..."]:
+    """`product` on a mesh."""
+    inner = tuple(range(contract))
+    dims = ((tuple(2 + i for i in inner), inner), ((), ()))
+    out = sharding.activation_spec("batch", "sequence", *axes[contract:])
+    return jax.lax.dot_general(x, sharding.gather(w, axes, x.dtype), dims, out_sharding=out)
+
+
+def sharded_forward(x: Array, w: Array, axes: tuple[str, ...], contract: int) -> tuple[Array, Pair]:
+    """The product, named for rematerialisation, and what its gradients need: the weight as it is cut."""
+    return checkpoint_name(sharded_product(x, w, axes, contract), "product"), (x, w)
+
+
+def sharded_backward(axes: tuple[str, ...], contract: int, kept: Pair, g: Array) -> Pair:
+    """Gradients of both operands, each as its operand is cut."""
+    x, w = kept
+    gathered, tokens = sharding.gather(w, axes, x.dtype), ((0, 1), (0, 1))
+    outer = (tuple(range(2, g.ndim)), tuple(range(contract, w.ndim)))
+    dx = jax.lax.dot_general(g, gathered, (outer, ((), ())), out_sharding=jax.typeof(x).sharding)
+    wide = jnp.promote_types(w.dtype, jnp.float32)
+    whole = sharding.unreduced(gathered, x)
+    dw = jax.lax.dot_general(x, g, (tokens, ((), ())), preferred_element_type=wide, out_sharding=whole)
+    return dx, jax.reshard(dw, jax.typeof(w).sharding).astype(w.dtype)
+
+
+sharded_product.defvjp(sharded_forward, sharded_backward)

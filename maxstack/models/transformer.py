@@ -23,7 +23,6 @@ from maxstack.models.layers import (
     NormConfig,
     RMSNormConfig,
     Weight,
-    operand,
     require,
     soft_cap,
     weight,
@@ -158,17 +157,16 @@ class Transformer(nnx.Module):
         return self.final_norm(x), reports
 
     def unembedding(self, dtype: jnp.dtype | None = None) -> Float[Array, "d v"]:
-        """The output projection, scaled, in the compute type unless told otherwise."""
+        """The output projection, scaled, in the compute type unless told otherwise; cut as its weight is."""
         dtype = jnp.dtype(dtype or self.config.dtype)
-        w = self.embedding.unembedding(dtype) if self.head is None else operand(self.head, dtype)
+        w = self.embedding.unembedding(dtype) if self.head is None else self.head[...].astype(dtype)
         return w if self.config.logit_scale == 1.0 else w * jnp.asarray(self.config.logit_scale, dtype)
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Float32 logits of final hidden states."""
         out = sharding.activation_spec("batch", "sequence", "vocab")
-        logits = jnp.einsum(
-            "btd,dv->btv", x, self.unembedding(), preferred_element_type=jnp.float32, out_sharding=out
-        )
+        w = sharding.gather(self.unembedding(), ("embed", "vocab"), x.dtype)
+        logits = jnp.einsum("btd,dv->btv", x, w, preferred_element_type=jnp.float32, out_sharding=out)
         return soft_cap(logits, self.config.logit_softcap)
 
 
