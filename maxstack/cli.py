@@ -41,6 +41,8 @@ VERBS = {
         "maxstack.train.command", "pretrain a model from a run file; the same command again resumes"
     ),
     "generate": Verb("maxstack.models.generate_command", "continue a prompt with a trained model"),
+    "chat": Verb("maxstack.chat.command", "talk with a model in the terminal, or through a pipe"),
+    "convert": Verb("maxstack.models.convert_command", "write a model for transformers or llama.cpp"),
     "inspect": Verb("maxstack.inspect_command", "show a run, checkpoint, model folder or data shard"),
     "data": Verb("maxstack.data.command", "fetch and prepare training data"),
     "demo": Verb("maxstack.demo", "from nothing to a trained model that speaks, with a report"),

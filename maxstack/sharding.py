@@ -27,6 +27,7 @@ MeshAxes = str | tuple[str, ...] | None
 WEIGHT_RULES: Mapping[str, MeshAxes] = {
     "layers": None,
     "vocab": "tensor",
+    "position": None,
     "embed": None,
     "heads": "tensor",
     "kv_heads": "tensor",

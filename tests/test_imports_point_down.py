@@ -17,7 +17,7 @@ LAYERS = [
     {"config"},
     {"sharding", "checkpoint", "telemetry"},
     {"optim", "data", "models"},
-    {"train", "tune", "serve", "quant"},
+    {"train", "tune", "serve", "quant", "chat"},
     {"agent", "tools", "evals", "plan"},
     {"cli", "demo", "inspect_command", "__init__", "__main__"},
 ]

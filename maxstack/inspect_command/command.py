@@ -18,7 +18,7 @@ from maxstack.inspect_command.data import Span
 from maxstack.inspect_command.facts import Facts
 from maxstack.inspect_command.places import KNOWN, Kind, Place, place_of
 from maxstack.inspect_command.tables import show
-from maxstack.models.load import model_config
+from maxstack.models.run_model import model_config
 from maxstack.train.run import RunConfig
 
 log = logging.getLogger(__name__)

@@ -78,7 +78,9 @@ def account(config: TransformerConfig, shapes: Shapes, axes: Axes, seq_len: int)
         part = part_of(name, axes[name])
         parts[part] = parts.get(part, 0) + size
         used = size * used_share(config, name, axes[name])
-        looked_up_only = name == "embedding.table" and not config.tie_embeddings
+        looked_up_only = name == "positions.table" or (
+            name == "embedding.table" and not config.tie_embeddings
+        )
         active += used
         read += shape[-1] if looked_up_only else used
         if (
@@ -152,7 +154,7 @@ def used_share(config: TransformerConfig, name: str, axes: tuple[str, ...]) -> f
 
 def is_bias(name: str) -> bool:
     """Whether a leaf is an offset."""
-    return name.endswith(".b")
+    return name.endswith((".b", "_b"))
 
 
 def part_of(name: str, axes: tuple[str, ...]) -> str:

@@ -1,7 +1,7 @@
 """Grouped-query attention: query, key and value maps, optional norms, rotation, the kernel, the way out."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from maxstack.config import UserError
 from maxstack.kernels.attention import Implementation, attention
+from maxstack.models.cached import KVCache, attend
 from maxstack.models.layers import Identity, Linear, RMSNormConfig, constant, require
 from maxstack.models.rope import RopeConfig, RopeTables, rotate
 
@@ -21,18 +22,13 @@ class Context(NamedTuple):
     segment_ids_bt: Int[Array, "b t"] | None
     implementation: Implementation = "auto"
     collect: tuple[str, ...] = ()
+    native: bool = False
+    """One token against a cache is left to `kernels.cpu_native`."""
 
     @property
     def real_bt(self) -> Bool[Array, "b t"] | None:
         """Which tokens are no padding; None where all count."""
         return None if self.segment_ids_bt is None else self.segment_ids_bt > 0
-
-
-class KVCache(NamedTuple):
-    """Keys and values of one layer, slot = position. What lies past a row's length is never visible."""
-
-    k_bskh: Float[Array, "b s k h"]
-    v_bskh: Float[Array, "b s k v"]
 
 
 def write_rows(cache_bs: Array, rows_bt: Array, positions_bt: Int[Array, "b t"]) -> Array:
@@ -69,6 +65,8 @@ class AttentionConfig:
     """Factor on the logits; None is 1 / sqrt(head_size)."""
     sinks: bool = False
     """A learned logit per head that takes part in the softmax and carries no value, as in GPT-OSS."""
+    returns_rows: ClassVar[bool] = True
+    """With a cache the layer returns the new tokens' rows of it, not the cache with them in."""
 
     def __post_init__(self):
         require("attention", self, 1, "heads", "kv_heads", "head_size")
@@ -93,7 +91,7 @@ class AttentionConfig:
         return 4 * self.heads * self.head_size
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KVCache:
-        shape = (batch, length, self.kv_heads, self.head_size)
+        shape = (batch, self.kv_heads, length, self.head_size)
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
@@ -123,17 +121,14 @@ class Attention(nnx.Module):
         if c.rope is not None:
             table = tables[c.rope, c.head_size]
             q, k = rotate(q, table), rotate(k, table)
-        positions, segments = None, context.segment_ids_bt
-        if cache is not None:
-            at = context.positions_bt
-            cache = KVCache(write_rows(cache.k_bskh, k, at), write_rows(cache.v_bskh, v, at))
-            k, v = cache.k_bskh.astype(q.dtype), cache.v_bskh.astype(q.dtype)
-            slots = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
-            positions, segments = (at, slots), None
-        y = attention(
-            q, k, v, segment_ids=segments, positions=positions, window=c.window, softcap=c.softcap, scale=c.scale,
-            sinks=None if self.sinks is None else self.sinks[...], implementation=context.implementation,
-        )  # fmt: skip
+        options = {
+            "window": c.window, "softcap": c.softcap, "scale": c.scale, "implementation": context.implementation,
+            "sinks": None if self.sinks is None else self.sinks[...],
+        }  # fmt: skip
+        if cache is None:
+            y = attention(q, k, v, segment_ids=context.segment_ids_bt, **options)
+        else:
+            y, cache = attend(q, k, v, cache, context.positions_bt, native=context.native, **options)
         return self.o(y), cache
 
 

@@ -93,12 +93,17 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Cache | None, Aux]:  # fmt: skip
         attended, cache = self.attention(self.attention_norm(x), tables, context, cache)
         attended = self.attention_post_norm(attended)
-        x = x + (attended if self.multiplier == 1.0 else attended * self.multiplier)
+        x = x + scaled(attended, self.multiplier)
         fed, aux = self.feed_forward(self.feed_forward_norm(x), context.real_bt)
         fed = self.feed_forward_post_norm(fed)
-        x = x + (fed if self.multiplier == 1.0 else fed * self.multiplier)
+        x = x + scaled(fed, self.multiplier)
         seen = {"attention": attended, "feed_forward": fed, "residual": x}
         return x, cache, aux | taps(context, seen)
+
+
+def scaled(x: Float[Array, "b t d"], factor: float) -> Float[Array, "b t d"]:
+    """x times a factor that is not rounded to x's type first: it would be the same error in every layer."""
+    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def taps(context: Context, seen: Aux) -> Aux:

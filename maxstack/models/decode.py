@@ -1,15 +1,16 @@
 """Decoding with a cache: tokens in, logits and a longer cache out. Slot = position; ragged rows carry their lengths."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from maxstack.models.attention import Context
-from maxstack.models.block import Cache
+from maxstack.models.block import BlockConfig, Cache
+from maxstack.models.cached import slot_axes, write
 from maxstack.models.rope import RopeTables
-from maxstack.models.transformer import Stack, Transformer, TransformerConfig, rope_tables
+from maxstack.models.transformer import Stack, StackConfig, Transformer, TransformerConfig, rope_tables
 
 
 class DecodeCache(NamedTuple):
@@ -47,22 +48,48 @@ def decode(
     seen, and overwritten by the next call.
     """
     counts = jnp.full(tokens_bt.shape[:1], tokens_bt.shape[1], jnp.int32) if counts_b is None else counts_b
-    positions = cache.lengths_b[:, None] + jnp.arange(tokens_bt.shape[1], dtype=jnp.int32)
-    lengths = cache.lengths_b + counts
-    tables = rope_tables(model.config, positions, lengths[:, None])
-    context = Context(positions, None)
-    x = model.embedding(tokens_bt, jnp.dtype(model.config.dtype))
-    layers = []
-    for stack, caches in zip(model.stacks, cache.layers, strict=True):
-        x, caches = decode_stack(stack, x, caches, tables, context)
-        layers.append(caches)
+    x, cache = advance(model, tokens_bt, cache, counts)
     last = jnp.take_along_axis(x, (counts - 1)[:, None, None], axis=1)
-    logits = model.logits(model.final_norm(last))[:, 0]
-    return logits, DecodeCache(tuple(layers), lengths)
+    return model.logits(model.final_norm(last))[:, 0], cache
+
+
+def advance(
+    model: Transformer, tokens_bt: Int[Array, "b t"], cache: DecodeCache, counts_b: Int[Array, "b"],
+    documents_b: Int[Array, "b"] | None = None,
+) -> tuple[Float[Array, "b t d"], DecodeCache]:  # fmt: skip
+    """The residual stream after the last layer, and the longer cache; see `decode`.
+
+    `documents_b` is the length that dynamic rotary scaling goes by: the row's new one by default, the whole prompt's
+    when these tokens are a part of it.
+    """
+    lengths = cache.lengths_b + counts_b
+    x, tables, context = enter(
+        model, tokens_bt, cache.lengths_b, lengths if documents_b is None else documents_b
+    )
+    layers = []
+    for config, stack, caches in zip(model.config.stacks, model.stacks, cache.layers, strict=True):
+        x, caches = decode_stack(config, stack, x, caches, tables, context)
+        layers.append(caches)
+    return x, DecodeCache(tuple(layers), lengths)
+
+
+def enter(
+    model: Transformer, tokens_bt: Int[Array, "b t"], lengths_b: Int[Array, "b"], documents_b: Int[Array, "b"],
+    native: bool = False,
+) -> tuple[Float[Array, "b t d"], RopeTables, Context]:  # fmt: skip
+    """What the layers read of tokens that follow `lengths_b` others."""
+    positions = lengths_b[:, None] + jnp.arange(tokens_bt.shape[1], dtype=jnp.int32)
+    tables = rope_tables(model.config, positions, documents_b[:, None])
+    return model.embed(tokens_bt, positions), tables, Context(positions, None, native=native)
+
+
+def returns_rows(block: BlockConfig) -> bool:
+    """Whether a layer returns the new tokens' rows of its cache, as ours do, or the cache with them in."""
+    return getattr(block.attention, "returns_rows", False)
 
 
 def decode_stack(
-    stack: Stack, x: Float[Array, "b t d"], caches: tuple[Cache, ...], tables: RopeTables,
+    config: StackConfig, stack: Stack, x: Float[Array, "b t d"], caches: tuple[Cache, ...], tables: RopeTables,
     context: Context,
 ) -> tuple[Float[Array, "b t d"], tuple[Cache, ...]]:  # fmt: skip
     """Scan over repeats. The caches are carried, since a scan would copy them whole as inputs and outputs."""
@@ -71,18 +98,24 @@ def decode_stack(
         x, caches = carry
         index, blocks = indexed
         written = []
-        for block, cache in zip(blocks, caches, strict=True):
+        for block_config, block, cache in zip(config.pattern, blocks, caches, strict=True):
             layer = jax.tree.map(
                 lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), cache
             )
-            x, layer, _ = block(x, tables, context, layer)
-            written.append(
-                jax.tree.map(
-                    lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, index, 0), cache, layer
-                )
-            )
+            x, new, _ = block(x, tables, context, layer)
+            written.append(put(block_config, cache, new, index, context))
         return (x, tuple(written)), None
 
-    repeats = jax.tree.leaves(stack)[0].shape[0]
-    (x, caches), _ = jax.lax.scan(period, (x, caches), (jnp.arange(repeats), stack.layers))
+    (x, caches), _ = jax.lax.scan(period, (x, caches), (jnp.arange(config.repeats), stack.layers))
     return x, caches
+
+
+def put(config: BlockConfig, cache: Cache, new: Any, index: Array, context: Context) -> Cache:
+    """The caches of all repeats with what one layer returned in its place."""
+    if returns_rows(config):
+        axes = slot_axes(config.attention.init_cache)
+        at = context.positions_bt
+        return jax.tree.map(lambda leaf, rows, axis: write(leaf, rows, at, axis, index), cache, new, axes)
+    return jax.tree.map(
+        lambda leaf, whole: jax.lax.dynamic_update_index_in_dim(leaf, whole, index, 0), cache, new
+    )

@@ -76,6 +76,10 @@ class Linear(nnx.Module):
         # Added in float32, and so its gradient is summed over all tokens in float32.
         return (y + operand(self.b, jnp.dtype(jnp.float32))).astype(y.dtype)
 
+    def matrix(self, dtype: jnp.dtype) -> Float[Array, "..."]:
+        """w in a type, whole, for products that are no `y = x w`."""
+        return sharding.gather(self.w[...], self.axes, dtype)
+
 
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
@@ -163,6 +167,17 @@ class Embedding(nnx.Module):
     def unembedding(self, dtype: jnp.dtype) -> Float[Array, "d v"]:
         """The table as an output projection, cut as it is."""
         return self.table[...].astype(dtype).T
+
+
+class Positions(nnx.Module):
+    """A learned vector for each position of a document (tokens); positions past the last one have that one's."""
+
+    def __init__(self, key: jax.Array, length: int, width: int):
+        self.table = weight(key, (length, width), ("position", "embed"), EMBEDDING_STD)
+
+    def __call__(self, positions_bt: Int[Array, "b t"], dtype: jnp.dtype) -> Float[Array, "b t d"]:
+        last = self.table[...].shape[0] - 1
+        return sharding.rows(self.table[...], jnp.minimum(positions_bt, last), dtype)
 
 
 def soft_cap(x: Array, cap: float | None) -> Array:

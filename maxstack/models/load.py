@@ -1,88 +1,74 @@
-"""A trained model by name: the run folder or checkpoint holds all that is needed to read it."""
+"""Any model by name: a run of our own, a model folder, a GGUF file, a hub's repository, a packaged one."""
 
-import dataclasses
+import os
 from pathlib import Path
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from maxstack import checkpoint
-from maxstack.checkpoint import CheckpointError
-from maxstack.config import UserError, from_dict
+from maxstack.config import UserError
 from maxstack.data.tokenizer import Tokenizer, load_tokenizer
-from maxstack.models import tree
-from maxstack.models.transformer import Transformer, TransformerConfig
+from maxstack.models.pretrained.folder import CONFIG_FILE, load_folder, read_json
+from maxstack.models.pretrained.gguf import load_gguf
+from maxstack.models.pretrained.places import place_of
+from maxstack.models.run_model import load_run_model
+from maxstack.models.transformer import Transformer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def load(
-    path: str | Path, *, step: int | None = None, dtype: Literal["bfloat16", "float32"] | None = None,
-    averaged: bool = False,
+    name_or_path: str | os.PathLike[str], *, step: int | None = None,
+    dtype: Literal["bfloat16", "float32"] | None = None, averaged: bool = False, mesh: Mesh | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:  # fmt: skip
-    """Model and tokenizer of a run folder or of one of its checkpoints; the tokenizer is None where none was saved.
+    """Model and tokenizer of a run folder, a model folder (config.json and safetensors), a GGUF file, "hf:owner/name",
+    "modelscope:owner/name" or a packaged model ("smollm2-135m-instruct"); without tokenizer files, None for it.
 
-    `step` picks a checkpoint (the newest by default), `dtype` the compute type, `averaged` the moving average of the
-    weights in place of the weights. The model rematerialises nothing, however it was trained. Raises UserError when
-    there is nothing to read or the tokenizer is another one than the checkpoint's, CheckpointError when it is damaged.
+    `dtype` is the compute type; by default that of a run, float32 on a CPU, else that of the file. The weights of a
+    foreign model are kept in it, those of a run in float32. `mesh` cuts a foreign model's weights over its devices.
+    `step` and `averaged` pick among the checkpoints of a run. The model rematerialises nothing.
+
+    Raises UserError for a name that stands for nothing, and for whatever is wrong or not supported in what it stands
+    for; RunError when a hub cannot be reached; CheckpointError for a damaged checkpoint.
     """
-    place = checkpoint_place(Path(path), step)
-    checkpoint.check(place)  # before anything it says is believed
-    # How the training run saved memory is no part of the model: only a backward pass profits, and "offload"
-    # is refused on a CPU even without one. Not only there: a checkpoint should be the same model on every machine.
-    config = dataclasses.replace(model_config(place), remat="none")
-    if dtype is not None:
-        config = dataclasses.replace(config, dtype=dtype)
-    abstract = tree.abstract(lambda: config.build(jax.random.key(0)))
-    shapes = tree.leaves(abstract)
-    buffers = tree.buffer_names(abstract)
-    group = "ema" if averaged else "params"
-    if averaged and not any(name.startswith("ema/") for name in checkpoint.describe(place).arrays):
+    place = place_of(name_or_path)
+    if is_run(place):
+        if mesh is not None:
+            raise UserError(
+                f"{place} is a run: only foreign models are loaded onto a mesh; resume the run instead"
+            )
+        return load_run_model(place, step=step, dtype=dtype, averaged=averaged)
+    if step is not None or averaged:
+        raise UserError(f"{place} is no run folder: it has neither steps nor an average of weights to choose")
+    if file := gguf_in(place):
+        from maxstack.data.tokenizer import tokenizer_from_gguf
+
+        model, metadata = load_gguf(file, dtype=dtype, mesh=mesh)
+        return model, tokenizer_from_gguf(metadata)
+    return load_folder(place, dtype=dtype, mesh=mesh), folder_tokenizer(place)
+
+
+def is_run(place: Path) -> bool:
+    """Whether a place is a run folder or a checkpoint, or not there to be anything else."""
+    if place.is_file():
+        return False
+    config = place / CONFIG_FILE
+    foreign = config.is_file() and "model_type" in read_json(config)
+    return not foreign and gguf_in(place) is None and not any(place.glob("*.safetensors*"))
+
+
+def gguf_in(place: Path) -> Path | None:
+    """The GGUF file that a place is, or alone holds."""
+    if place.is_file():
+        return place
+    files = sorted(place.glob("*.gguf"))
+    if len(files) > 1 and not (place / CONFIG_FILE).is_file():
         raise UserError(
-            f"{place} keeps no average of the weights: train with --optim.ema-decay, or take the weights"
+            f"{place} holds {len(files)} GGUF files: name one of {', '.join(f.name for f in files)}"
         )
-    target = {
-        group: {name: shape for name, shape in shapes.items() if name not in buffers},
-        "buffers": {name: shapes[name] for name in buffers},
-    }
-    state, _ = checkpoint.restore_partial(place, target, strict=True, verify_by="none")  # checked above
-    arrays = {**state[group], **state.get("buffers", {})}
-    model = tree.rebuild(abstract, {name: jnp.asarray(array) for name, array in arrays.items()})
-    return model, run_tokenizer(place)
+    return files[0] if len(files) == 1 and not (place / CONFIG_FILE).is_file() else None
 
 
-def checkpoint_place(path: Path, step: int | None = None) -> Path:
-    """The folder of one checkpoint, given it, a folder of checkpoints or a run folder. UserError when not there."""
-    if not path.exists():
-        raise UserError(f"{path}: no such folder; give a run folder, one that `maxstack train` wrote")
-    try:
-        return checkpoint.locate(path, step)
-    except CheckpointError as error:  # not damaged: asked for in the wrong place
-        raise UserError(
-            f"{error}; give a run folder, one that `maxstack train` wrote, and a step it has"
-        ) from error
-
-
-def model_config(place: Path) -> TransformerConfig:
-    """The model's configuration as the checkpoint keeps it."""
-    meta = checkpoint.read_meta(place)
-    if "model" not in meta:
-        raise UserError(
-            f"{place}: this checkpoint does not say what model it holds; it was not written by training"
-        )
-    return from_dict(meta["model"])
-
-
-def run_tokenizer(place: Path) -> Tokenizer | None:
-    """The tokenizer saved beside the checkpoints. Raises UserError when it is not the one that the model learned."""
-    for parent in (place, *place.parents[:2]):
-        if (parent / "tokenizer" / "tokenizer.json").exists():
-            tokenizer = load_tokenizer(str(parent / "tokenizer"))
-            learned = checkpoint.read_meta(place).get("tokenizer", tokenizer.fingerprint)
-            if learned != tokenizer.fingerprint:
-                raise UserError(
-                    f"{parent / 'tokenizer'} ({tokenizer.fingerprint[:12]}) is not the tokenizer that {place} was "
-                    f"trained with ({learned[:12]}): token ids would mean other text. Put that one back; it lies in "
-                    "the run's prepared data, and resuming the run writes it again"
-                )
-            return tokenizer
-    return None
+def folder_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a model folder, or None where there is none."""
+    return load_tokenizer(folder) if any((folder / name).is_file() for name in TOKENIZER_FILES) else None

@@ -1,7 +1,7 @@
 """Multi-head latent attention: keys and values are rebuilt from one small latent per token (arXiv:2405.04434)."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +9,16 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from maxstack.kernels.attention import attention
-from maxstack.models.attention import Context, write_rows
+from maxstack.models.attention import Context
+from maxstack.models.cached import KVCache, attend, attend_past, merge
 from maxstack.models.layers import Identity, Linear, RMSNormConfig, require
 from maxstack.models.rope import RopeConfig, RopeTables, rotate
 
 
 class LatentCache(NamedTuple):
-    """The latent and the rotated key part of one layer, slot = position."""
+    """The latent of one layer and behind it the rotated key part, slot = position."""
 
     latent_bsr: Float[Array, "b s r"]
-    rope_bsh: Float[Array, "b s h"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,12 @@ class MLAConfig:
     """Rotary embedding of the part with position."""
     norm: RMSNormConfig = RMSNormConfig()
     """Norm of the latents."""
+    bias: bool = False
+    """Learned offsets on the maps to the latents and to the rotated key part, and on the output."""
     scale: float | None = None
     """Factor on the logits; None is 1 / sqrt(nope_size + rope_size)."""
+    returns_rows: ClassVar[bool] = True
+    """With a cache the layer returns the new tokens' rows of it, not the cache with them in."""
 
     def __post_init__(self):
         require("attention", self, 1, "heads", "kv_rank", "nope_size", "rope_size", "v_size")
@@ -62,9 +66,7 @@ class MLAConfig:
         return 2 * self.heads * (self.nope_size + self.rope_size + self.v_size)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> LatentCache:
-        return LatentCache(
-            jnp.zeros((batch, length, self.kv_rank), dtype), jnp.zeros((batch, length, self.rope_size), dtype)
-        )
+        return LatentCache(jnp.zeros((batch, length, self.kv_rank + self.rope_size), dtype))
 
 
 class LatentAttention(nnx.Module):
@@ -75,17 +77,20 @@ class LatentAttention(nnx.Module):
         c, n = config, config.heads
         self.config = config
         q_in, q_axis = (c.q_rank, "q_lora") if c.q_rank else (width, "embed")
-        self.q_down = Linear(keys[0], (width, q_in), ("embed", "q_lora")) if c.q_rank else Identity()
+        self.q_down = (
+            Linear(keys[0], (width, q_in), ("embed", "q_lora"), bias=c.bias) if c.q_rank else Identity()
+        )
         self.q_norm = c.norm.build(q_in) if c.q_rank else Identity()
         self.q_up = Linear(keys[1], (q_in, n, c.nope_size + c.rope_size), (q_axis, "heads", "head_dim"))
-        self.kv_down = Linear(keys[2], (width, c.kv_rank), ("embed", "kv_lora"))
+        self.kv_down = Linear(keys[2], (width, c.kv_rank), ("embed", "kv_lora"), bias=c.bias)
         self.kv_norm = c.norm.build(c.kv_rank)
-        self.k_rope = Linear(keys[3], (width, c.rope_size), ("embed", "head_dim"))
+        self.k_rope = Linear(keys[3], (width, c.rope_size), ("embed", "head_dim"), bias=c.bias)
         self.k_up = Linear(keys[4], (c.kv_rank, n, c.nope_size), ("kv_lora", "heads", "head_dim"))
         self.v_up = Linear(keys[5], (c.kv_rank, n, c.v_size), ("kv_lora", "heads", "head_dim"))
         self.o = Linear(
-            keys[6], (n, c.v_size, width), ("heads", "head_dim", "embed"), contract=2, scale=residual_scale
-        )
+            keys[6], (n, c.v_size, width), ("heads", "head_dim", "embed"), contract=2, bias=c.bias,
+            scale=residual_scale,
+        )  # fmt: skip
 
     def __call__(
         self, x: Float[Array, "b t d"], tables: RopeTables, context: Context,
@@ -96,22 +101,49 @@ class LatentAttention(nnx.Module):
         q = jnp.concatenate([q[..., : c.nope_size], rotate(q[..., c.nope_size :], table)], -1)
         latent = self.kv_norm(self.kv_down(x))
         k_rope = rotate(self.k_rope(x)[:, :, None, :], table)[:, :, 0]
-        positions, segments = None, context.segment_ids_bt
         if cache is not None:
-            at = context.positions_bt
-            cache = LatentCache(
-                write_rows(cache.latent_bsr, latent, at), write_rows(cache.rope_bsh, k_rope, at)
-            )
-            latent, k_rope = cache.latent_bsr.astype(x.dtype), cache.rope_bsh.astype(x.dtype)
-            slots = jnp.broadcast_to(jnp.arange(latent.shape[1]), latent.shape[:2])
-            positions, segments = (at, slots), None
+            y, cache = self.with_cache(q, latent, k_rope, cache, context)
+            return self.o(y), cache
+        k, v = self.expand(latent, k_rope)
+        y = attention(
+            q, k, v, segment_ids=context.segment_ids_bt, scale=c.scale, implementation=context.implementation
+        )
+        return self.o(y), None
+
+    def expand(
+        self, latent: Float[Array, "b t r"], k_rope: Float[Array, "b t p"]
+    ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n w"]]:
+        """Keys and values of every head."""
         k = self.k_up(latent)
         shared = jnp.broadcast_to(
-            k_rope[:, :, None], (*k.shape[:3], c.rope_size), out_sharding=jax.typeof(k).sharding
+            k_rope[:, :, None], (*k.shape[:3], k_rope.shape[-1]), out_sharding=jax.typeof(k).sharding
         )
-        k = jnp.concatenate([k, shared], -1)
-        y = attention(
-            q, k, self.v_up(latent), segment_ids=segments, positions=positions, scale=c.scale,
-            implementation=context.implementation,
-        )  # fmt: skip
-        return self.o(y), cache
+        return jnp.concatenate([k, shared], -1), self.v_up(latent)
+
+    def with_cache(
+        self, q: Float[Array, "b t n h"], latent: Float[Array, "b t r"], k_rope: Float[Array, "b t p"],
+        cache: LatentCache, context: Context,
+    ) -> tuple[Float[Array, "b t n w"], LatentCache]:  # fmt: skip
+        """Against the cache the maps to keys and values move to the queries and the output (section 2.1.2 of the
+        paper): the latent is one kv head that all heads share, and no key is rebuilt. The new tokens of a chunk see
+        each other through keys and values of their own, which takes fewer products."""
+        c = self.config
+        options = {
+            "scale": (c.nope_size + c.rope_size) ** -0.5 if c.scale is None else c.scale,
+            "implementation": context.implementation,
+        }
+        absorbed = jnp.einsum("btnh,rnh->btnr", q[..., : c.nope_size], self.k_up.matrix(q.dtype))
+        absorbed = jnp.concatenate([absorbed, q[..., c.nope_size :]], -1)
+        row, shared = jnp.concatenate([latent, k_rope], -1), cache.latent_bsr[:, None]
+        if q.shape[1] == 1:
+            new, cached = row[:, :, None], KVCache(shared, shared)
+            y, _ = attend(absorbed, new, new, cached, context.positions_bt, native=context.native, **options)
+            return self.to_values(y), LatentCache(row)
+        k, v = self.expand(latent, k_rope)
+        own = attention(q, k, v, return_lse=True, **options)
+        y, lse = attend_past(absorbed, KVCache(shared, shared), context.positions_bt, **options)
+        return merge(own, (self.to_values(y), lse)), LatentCache(row)
+
+    def to_values(self, y: Float[Array, "b t n r"]) -> Float[Array, "b t n w"]:
+        """Weighted latents (and rotated parts, left out here) as weighted values."""
+        return jnp.einsum("btnr,rnw->btnw", y[..., : self.config.kv_rank], self.v_up.matrix(y.dtype))

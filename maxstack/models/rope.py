@@ -30,8 +30,9 @@ class RopeConfig:
     """Base of the wavelengths (dimensionless)."""
     fraction: float = 1.0
     """Share of each head that is rotated, from its start (0 to 1)."""
-    scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"
-    """How positions beyond the original context are handled; dynamic grows theta with each document's length."""
+    scaling: Literal["none", "linear", "dynamic", "yarn", "llama3", "longrope"] = "none"
+    """How positions beyond the original context are handled; dynamic grows theta with each document's length, longrope
+    has other frequencies for documents longer than the original context."""
     factor: float = 1.0
     """How many times longer the context is than the original (ratio)."""
     original_length: int = 8192
@@ -44,8 +45,14 @@ class RopeConfig:
     """yarn: rotations within the original context above which a frequency is left alone."""
     beta_slow: float = 1.0
     """yarn: rotations within the original context below which a frequency is scaled in full."""
+    truncate: bool = True
+    """yarn: the ramp from scaled to kept begins and ends at whole dimensions (GPT-OSS: at fractions of them)."""
     attention_factor: float | None = None
-    """yarn: multiplies cosine and sine; None is 0.1 ln(factor) + 1."""
+    """yarn, longrope: multiplies cosine and sine; None is what their papers give for the factor."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: what each wavelength is multiplied by, in documents of up to original_length tokens (ratios)."""
+    long_factors: tuple[float, ...] = ()
+    """longrope: the same in longer documents (ratios)."""
 
     def __post_init__(self):
         if not 0.0 < self.fraction <= 1.0:
@@ -56,6 +63,8 @@ class RopeConfig:
             raise UserError(f"rope.factor is {self.factor}: it must be at least 1")
         if self.original_length < 1:
             raise UserError(f"rope.original_length is {self.original_length} tokens: it must be at least 1")
+        if self.scaling == "longrope" and self.original_length < 2:
+            raise UserError("rope.original_length is 1 token: longrope needs at least 2")
         for name, low, high in (
             ("low_frequency_factor", self.low_frequency_factor, self.high_frequency_factor),
             ("beta_slow", self.beta_slow, self.beta_fast),
@@ -69,6 +78,11 @@ class RopeConfig:
         """How many of a head's dimensions are rotated. Raises UserError when that is no whole number of pairs."""
         size = int(head_size * self.fraction)
         least = 4 if self.scaling == "dynamic" else 2  # dynamic scaling divides by size - 2
+        if self.scaling == "longrope" and {len(self.short_factors), len(self.long_factors)} != {size // 2}:
+            raise UserError(
+                f"rope rotates {size // 2} pairs of dimensions, but has {len(self.short_factors)} short and "
+                f"{len(self.long_factors)} long factors: one for each pair is needed"
+            )
         if size % 2 or size < least:
             raise UserError(
                 f"rope rotates {size} of {head_size} dimensions: that must be an even number from {least} on; "
@@ -80,11 +94,11 @@ class RopeConfig:
         self, positions_bt: Int[Array, "b t"], head_size: int, lengths_bt: Int[Array, "b #t"] | None = None
     ) -> RopeTable:
         """Cosine and sine at each position. `lengths_bt` is the length of each token's document (tokens), which
-        dynamic scaling goes by; by default a row is one document that ends at its largest position."""
+        dynamic and longrope scaling go by; by default a row is one document that ends at its largest position."""
         size = self.rotated(head_size)
-        if self.scaling == "dynamic":
+        if self.scaling in BY_LENGTH:
             lengths = document_lengths(positions_bt, None) if lengths_bt is None else lengths_bt
-            frequencies = dynamic_frequencies(self, size, lengths.astype(jnp.float32))
+            frequencies = BY_LENGTH[self.scaling](self, size, lengths.astype(jnp.float32))
         else:
             frequencies = jnp.asarray(SCALINGS[self.scaling](self, size), jnp.float32)
         angles = positions_bt[..., None].astype(jnp.float32) * frequencies
@@ -92,12 +106,14 @@ class RopeConfig:
         return RopeTable(jnp.cos(angles) * gain, jnp.sin(angles) * gain)
 
     def gain(self) -> float:
-        """Factor on cosine and sine (YaRN's temperature, arXiv:2309.00071, section 3.4)."""
-        if self.scaling != "yarn":
+        """Factor on cosine and sine (YaRN: arXiv:2309.00071, section 3.4; LongRoPE: what Phi-3's code does)."""
+        if self.scaling not in ("yarn", "longrope"):
             return 1.0
-        return (
-            self.attention_factor if self.attention_factor is not None else 0.1 * math.log(self.factor) + 1.0
-        )
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.scaling == "yarn":
+            return 0.1 * math.log(self.factor) + 1.0
+        return math.sqrt(1.0 + math.log(self.factor) / math.log(self.original_length))
 
 
 def plain_frequencies(config: RopeConfig, size: int) -> np.ndarray:
@@ -126,8 +142,10 @@ def yarn_frequencies(config: RopeConfig, size: int) -> np.ndarray:
         wavelength = config.original_length / (rotations * 2 * math.pi)
         return size * math.log(wavelength) / (2 * math.log(config.theta))
 
-    low = max(math.floor(dimension(config.beta_fast)), 0)
-    high = min(math.ceil(dimension(config.beta_slow)), size - 1)
+    low, high = dimension(config.beta_fast), dimension(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
     ramp = np.clip((np.arange(size // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
     frequencies = plain_frequencies(config, size)
     return frequencies / config.factor * ramp + frequencies * (1.0 - ramp)
@@ -146,6 +164,20 @@ def dynamic_frequencies(
     return base[..., None] ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / size)
 
 
+def longrope_frequencies(
+    config: RopeConfig, size: int, lengths_bt: Float[Array, "b t"]
+) -> Float[Array, "b t half"]:  # fmt: skip
+    """One set of factors for short documents, another for long ones (LongRoPE, arXiv:2402.13753, as Phi-3 uses it).
+
+    As with dynamic scaling, a cached key keeps the frequencies of the length at which it was written.
+    """
+    plain = plain_frequencies(config, size)
+    short, long = (
+        jnp.asarray(plain / np.asarray(f), jnp.float32) for f in (config.short_factors, config.long_factors)
+    )
+    return jnp.where(lengths_bt[..., None] > config.original_length, long, short)
+
+
 def document_lengths(
     positions_bt: Int[Array, "b t"], segment_ids_bt: Int[Array, "b t"] | None
 ) -> Int[Array, "b #t"]:  # fmt: skip
@@ -162,6 +194,7 @@ SCALINGS = {
     "llama3": llama3_frequencies,
     "yarn": yarn_frequencies,
 }
+BY_LENGTH = {"dynamic": dynamic_frequencies, "longrope": longrope_frequencies}
 
 
 def rotate(x_btnh: Float[Array, "b t n h"], table: RopeTable) -> Float[Array, "b t n h"]:

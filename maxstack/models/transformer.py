@@ -21,6 +21,7 @@ from maxstack.models.layers import (
     Embedding,
     LayerNormConfig,
     NormConfig,
+    Positions,
     RMSNormConfig,
     Weight,
     require,
@@ -62,6 +63,8 @@ class TransformerConfig:
     """The token table is the output projection too."""
     embedding_scale: float = 1.0
     """Factor on embedded tokens (Gemma uses sqrt(width))."""
+    learned_positions: bool = False
+    """A learned vector for each of max_length positions is added to the embedded tokens, as in GPT-2."""
     logit_scale: float = 1.0
     """Factor on the logits."""
     logit_softcap: float | None = None
@@ -113,6 +116,10 @@ class Transformer(nnx.Module):
         embed_key, stacks_key, head_key = jax.random.split(key, 3)
         self.config = config
         self.embedding = Embedding(embed_key, config.vocab_size, config.width, config.embedding_scale)
+        positions_key = jax.random.fold_in(embed_key, 1)
+        self.positions: Positions | None = (
+            Positions(positions_key, config.max_length, config.width) if config.learned_positions else None
+        )
         keys = jax.random.split(stacks_key, len(config.stacks))
         scale = 1.0 / math.sqrt(2 * config.depth)
         self.stacks = nnx.List(
@@ -142,6 +149,7 @@ class Transformer(nnx.Module):
         `collect` names activations to report too ("attention", "feed_forward", "residual"), as "tap.<name>".
         """
         if positions_bt is None:
+            self.check_length(tokens_bt.shape[1])
             positions_bt = sharding.constrain(
                 jnp.broadcast_to(jnp.arange(tokens_bt.shape[1], dtype=jnp.int32), tokens_bt.shape),
                 "batch",
@@ -149,12 +157,26 @@ class Transformer(nnx.Module):
             )
         context = Context(positions_bt, segment_ids_bt, implementation, collect)
         tables = rope_tables(self.config, positions_bt, document_lengths(positions_bt, segment_ids_bt))
-        x = self.embedding(tokens_bt, jnp.dtype(self.config.dtype))
+        x = self.embed(tokens_bt, positions_bt)
         reports: dict[str, Any] = {}
         for i, stack in enumerate(self.stacks):
             x, aux = run_stack(cast(Layers, stack.layers), x, tables, context, self.config.remat)
             reports |= {f"{i}.{j}": layer_aux for j, layer_aux in enumerate(aux)}
         return self.final_norm(x), reports
+
+    def embed(self, tokens_bt: Int[Array, "b t"], positions_bt: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """What the first layer reads, in the compute type."""
+        dtype = jnp.dtype(self.config.dtype)
+        x = self.embedding(tokens_bt, dtype)
+        return x if self.positions is None else x + self.positions(positions_bt, dtype)
+
+    def check_length(self, length: int) -> None:
+        """Raise UserError for more tokens than there are learned positions."""
+        if self.positions is not None and length > self.config.max_length:
+            raise UserError(
+                f"{length} tokens are given to a model that has learned {self.config.max_length} positions: "
+                "shorten the text"
+            )
 
     def unembedding(self, dtype: jnp.dtype | None = None) -> Float[Array, "d v"]:
         """The output projection, scaled, in the compute type unless told otherwise; cut as its weight is."""

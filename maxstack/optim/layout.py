@@ -42,8 +42,8 @@ def matrix_dims(axes: Axes) -> MatrixDims | None:
 
 
 def is_embedding(axes: Axes) -> bool:
-    """A table that is read by token id: vocabulary in, model width out (also when tied to the output)."""
-    return axes[:1] == ("vocab",) and len(axes) > 1
+    """A table that is read by token id or position: that in, model width out (also when tied to the output)."""
+    return axes[:1] in (("vocab",), ("position",)) and len(axes) > 1
 
 
 def decay_mask(axes: Mapping[str, Axes], *, embeddings: bool) -> dict[str, bool]:
@@ -56,4 +56,4 @@ def decay_mask(axes: Mapping[str, Axes], *, embeddings: bool) -> dict[str, bool]
 
 def muon_dims(axes: Axes) -> MatrixDims | None:
     """The matrix that Muon orthogonalises, or None for its exempt leaves: vectors, router, (un)embedding."""
-    return None if "vocab" in axes else matrix_dims(axes)
+    return None if "vocab" in axes or is_embedding(axes) else matrix_dims(axes)

@@ -7,7 +7,8 @@ import jax
 
 from maxstack.data.tokenizer import Tokenizer
 from maxstack.models import tree
-from maxstack.models.generate import GenerateConfig, generate, prompt_ids, stop_ids
+from maxstack.models.generate import prompt_ids
+from maxstack.models.generation import Generator, SamplingParams
 from maxstack.train.run import RunConfig
 from maxstack.train.state import Layout, TrainState
 
@@ -33,10 +34,11 @@ def sample_texts(
     model = tree.rebuild(plan.model, jax.device_put(weights, jax.local_devices()[0]))
     prompts = [prompt_ids(tokenizer, prompt) for prompt in run.samples.prompts]
     room = model.config.max_length - max(map(len, prompts))
-    config = GenerateConfig(
-        max_tokens=min(run.samples.max_tokens, room), temperature=run.samples.temperature, seed=run.seed
-    )
-    rows = list(zip(*generate(model, prompts, config, stop_ids(tokenizer)), strict=True))
-    for i, prompt in enumerate(run.samples.prompts):
-        ids = [token for token in (rows[i] if rows else ()) if token is not None]
-        yield prompt, tokenizer.decode(ids)
+    common = {
+        "max_tokens": min(run.samples.max_tokens, room), "temperature": run.samples.temperature,
+    }  # fmt: skip
+    params = [SamplingParams(seed=(run.seed + i) % 2**32, **common) for i in range(len(prompts))]
+    for prompt, completion in zip(
+        run.samples.prompts, Generator(model, tokenizer).generate(prompts, params), strict=True
+    ):
+        yield prompt, completion.text

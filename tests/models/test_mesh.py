@@ -29,6 +29,8 @@ CASES = [
     ("latent", "data 2, fsdp 2, tensor 2"),
     ("mixture", "fsdp 8"),
     ("mixture", "data 2, fsdp 2, tensor 2"),
+    ("clamped mixture", "fsdp 8"),
+    ("clamped mixture", "data 2, fsdp 2, tensor 2"),
 ]
 # Float32 sums over 128 tokens and up to 48 features, split up to 8 ways and so added in another order. The gradients
 # of one device differ by 4e-5 from its own when the compiler optimises less or the rows come in another order.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxstack.config import UserError
 from maxstack.models import MoE, MoEConfig, tree
 
 B, T, D = 2, 10, 16
@@ -17,6 +18,14 @@ VARIANTS = {
     "not normalised": dataclasses.replace(BASE, normalize=False, experts_per_token=3),
     "shared": dataclasses.replace(BASE, shared_size=8, activation="gelu_tanh"),
     "one of one": dataclasses.replace(BASE, experts=1, experts_per_token=1),
+    "gated shared": dataclasses.replace(BASE, shared_size=8, shared_gate=True),
+    "offsets": dataclasses.replace(
+        BASE, bias=True, router_bias=True, activation="quick_gelu", clamp=0.6, up_offset=1.0
+    ),
+    "best groups": dataclasses.replace(
+        BASE, groups=3, groups_per_token=2, experts_per_token=3, normalize=False
+    ),
+    "pairs of groups": dataclasses.replace(BASE, groups=2, group_best=2, scoring="sigmoid", routed_scale=2.5),
 }
 
 
@@ -39,23 +48,32 @@ def dense(moe: MoE, x: jax.Array) -> np.ndarray:
     c, w = moe.config, {k: np.asarray(v, np.float64) for k, v in tree.leaves(moe).items()}
     act = {
         "silu": lambda z: z / (1 + np.exp(-z)),
+        "quick_gelu": lambda z: z / (1 + np.exp(-1.702 * z)),
         "gelu_tanh": lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))),
     }[c.activation]
     y = np.zeros((B, T, D))
     for b in range(B):
         for t in range(T):
             token = np.asarray(x[b, t], np.float64)
-            logits = token @ w["router"]
+            logits = token @ w["router"] + (w["router_b"] if c.router_bias else 0.0)
             scores = (
                 1 / (1 + np.exp(-logits)) if c.scoring == "sigmoid" else np.exp(logits) / np.exp(logits).sum()
             )
-            chosen = np.argsort(-(scores + w["balance"]))[: c.experts_per_token]
+            biased = (scores + w["balance"]).reshape(c.groups, -1)
+            of_group = np.sort(biased, -1)[:, -c.group_best :].sum(-1)
+            biased[np.argsort(-of_group)[c.groups_per_token :]] = -np.inf
+            chosen = np.argsort(-biased.reshape(-1))[: c.experts_per_token]
             weights = scores[chosen] / (scores[chosen].sum() if c.normalize else 1.0) * c.routed_scale
             for e, weight in zip(chosen, weights, strict=True):
-                y[b, t] += weight * (act(token @ w["gate"][e]) * (token @ w["up"][e])) @ w["down"][e]
+                gate, up, down = (w[f"{p}_b"][e] if c.bias else 0.0 for p in ("gate", "up", "down"))
+                gate, up = gate + token @ w["gate"][e], up + token @ w["up"][e]
+                if c.clamp:
+                    gate, up = np.minimum(gate, c.clamp), np.clip(up, -c.clamp, c.clamp)
+                y[b, t] += weight * (act(gate) * (up + c.up_offset) @ w["down"][e] + down)
             if c.shared_size:
                 inner = act(token @ w["shared.gate.w"]) * (token @ w["shared.up.w"])
-                y[b, t] += inner @ w["shared.down.w"]
+                share = 1 / (1 + np.exp(-token @ w["shared_gate"])) if c.shared_gate else 1.0
+                y[b, t] += share * inner @ w["shared.down.w"]
     return y
 
 
@@ -155,3 +173,36 @@ def test_routing_is_float32_under_bfloat16_compute():
     moe = tree.rebuild(moe, tree.leaves(moe) | {"router": router, "balance": jnp.zeros(BASE.experts)})
     _, aux = moe(jnp.ones((B, T, D), jnp.bfloat16))
     assert aux["expert_load"].tolist() == [0, 0, 0, 0, B * T, 0]
+
+
+REFUSED = {
+    "must be a multiple of moe.groups 4": {"groups": 4},
+    "at least 2 are needed for 3 experts a token": {"groups": 3, "experts_per_token": 3},
+    "groups_per_token is 3": {"groups": 2, "groups_per_token": 3},
+    "a group has 2 experts": {"groups": 3, "group_best": 3},
+    "moe.clamp is 0.0": {"clamp": 0.0},
+    "needs a shared expert": {"shared_gate": True},
+}
+
+
+@pytest.mark.parametrize("told", REFUSED)
+def test_settings_that_cannot_work_are_refused_with_the_numbers(told):
+    with pytest.raises(UserError, match=told):
+        dataclasses.replace(BASE, **REFUSED[told])
+
+
+def test_offsets_of_experts_are_added_and_their_gradients_summed_in_float32():
+    # 400 tokens of the same expert: a sum of ones in bfloat16 ends at 256.
+    moe = layer(dataclasses.replace(BASE, experts=1, experts_per_token=1, bias=True))
+    arrays = {name: jnp.zeros_like(array) for name, array in tree.leaves(moe).items()} | {
+        "up_b": jnp.ones((1, 12))
+    }
+    arrays |= {"gate_b": jnp.full((1, 12), 40.0), "down": jnp.ones((1, 12, D)) / D}
+    x = jnp.zeros((4, 100, D), jnp.bfloat16)
+
+    def loss(arrays: dict[str, jax.Array]) -> jax.Array:
+        return tree.rebuild(moe, arrays)(x)[0].astype(jnp.float32).sum()
+
+    grads = jax.grad(loss)(arrays)
+    np.testing.assert_array_equal(grads["up_b"], 400 * 40.0)
+    np.testing.assert_array_equal(grads["down_b"], 400.0)

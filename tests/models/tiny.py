@@ -36,6 +36,11 @@ EXPERTS = MoEConfig(
     routed_scale=1.5,
     bias_rate=1e-3,
 )
+# What EXPERTS leaves out: offsets, groups, cuts, a gate on the shared expert.
+MORE_EXPERTS = MoEConfig(
+    size=16, experts=4, experts_per_token=2, shared_size=16, shared_gate=True, bias=True, router_bias=True,
+    activation="quick_gelu", clamp=0.7, up_offset=1.0, groups=2, group_best=2,
+)  # fmt: skip
 
 
 def model_config(*pattern: BlockConfig, repeats: int = 2, **fields) -> TransformerConfig:
@@ -43,6 +48,11 @@ def model_config(*pattern: BlockConfig, repeats: int = 2, **fields) -> Transform
     stacks = (StackConfig(pattern=pattern, repeats=repeats),)
     return TransformerConfig(vocab_size=VOCAB, width=WIDTH, stacks=stacks, **fields)
 
+
+DENSE_LATENT = BlockConfig(attention=LATENT, feed_forward=GATED)
+EXPERT_LATENT = BlockConfig(
+    attention=dataclasses.replace(LATENT, bias=True, scale=0.4), feed_forward=MORE_EXPERTS
+)
 
 CONFIGS = {
     "grouped": model_config(BlockConfig(attention=GROUPED, feed_forward=GATED)),
@@ -67,6 +77,8 @@ CONFIGS = {
     ),
     "latent": model_config(BlockConfig(attention=LATENT, feed_forward=GATED)),
     "mixture": model_config(BlockConfig(attention=GROUPED, feed_forward=EXPERTS)),
+    # A layer without experts before each that has some.
+    "clamped mixture": model_config(DENSE_LATENT, EXPERT_LATENT),
 }  # fmt: skip
 
 # A scan over two kinds of layers that hold every kind of weight between them.

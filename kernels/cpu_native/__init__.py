@@ -1,0 +1,43 @@
+"""Optional C++ for decoding on a CPU, through XLA's foreign function interface. Everything works without it.
+
+`available()` compiles it on first use where there is a compiler, and says whether it is there; `problem()` why not.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from maxstack.kernels.cpu_native.build import PREFIX, problem
+
+__all__ = ["MOST_ROWS", "available", "cached_attention", "problem", "rows_product"]
+
+MOST_ROWS = 16
+"""Rows of a product up to which `rows_product` is the faster form: beyond, arithmetic and not memory decides."""
+
+
+def available() -> bool:
+    """Whether these operations can be called."""
+    return problem() is None
+
+
+def rows_product(x_ti: Float[Array, "t i"], w_oi: Float[Array, "o i"]) -> Float[Array, "t o"]:
+    """`x w^T` for few rows, all float32."""
+    out = jax.ShapeDtypeStruct((x_ti.shape[0], w_oi.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call(PREFIX + "rows_product", out)(x_ti, w_oi)
+
+
+def cached_attention(
+    q_bkgh: Float[Array, "b k g h"], k_bk1h: Float[Array, "b k 1 h"], v_bk1w: Float[Array, "b k 1 w"],
+    cached_k_bksh: Float[Array, "b k s h"], cached_v_bksw: Float[Array, "b k s w"], lengths_b: Int[Array, "b"],
+    sinks_kg: Float[Array, "k g"] | None, *, scale: float, softcap: float | None, window: int | None,
+) -> Float[Array, "b k g w"]:  # fmt: skip
+    """One new token a row against the filled slots of its cache and itself; float32. Reads no slot that is hidden."""
+    b, k, g, _ = q_bkgh.shape
+    sinks = jnp.full((k, g), -jnp.inf, jnp.float32) if sinks_kg is None else sinks_kg
+    out = jax.ShapeDtypeStruct((b, k, g, v_bk1w.shape[-1]), jnp.float32)
+    call = jax.ffi.ffi_call(PREFIX + "cached_attention", out)
+    return call(
+        q_bkgh, k_bk1h, v_bk1w, cached_k_bksh, cached_v_bksw, lengths_b, sinks,
+        scale=np.float32(scale), softcap=np.float32(softcap or 0.0), window=np.int64(window or 0),
+    )  # fmt: skip

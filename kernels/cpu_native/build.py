@@ -1,0 +1,74 @@
+"""Compiles the C++ file beside this one with the compiler of the machine, once for each processor and jax version."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+
+SOURCE = Path(__file__).parent / "decode.cc"
+SWITCH = "MAXSTACK_NATIVE"
+"""Environment variable: 0 does without."""
+COMPILERS = ("c++", "g++", "clang++")
+# -ffast-math, but with infinities, which stand for hidden keys.
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-ffast-math", "-fno-finite-math-only")
+NAMES = ("rows_product", "cached_attention")
+PREFIX = "maxstack_"
+SECONDS = 120.0
+"""A compiler that takes longer is given up."""
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why the operations are not there (switched off, no compiler, its complaint); None when they are, compiled on the
+    first call and registered with XLA."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0"
+    if platform.system() not in ("Linux", "Darwin"):
+        return f"not tried on {platform.system()}"
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        return f"no C++ compiler ({', '.join(COMPILERS)}) on the PATH"
+    try:
+        library = ctypes.CDLL(str(compiled(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        return (getattr(error, "stderr", None) or str(error)).strip()[:500]
+    for name in NAMES:
+        jax.ffi.register_ffi_target(PREFIX + name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return None
+
+
+def compiled(compiler: str) -> Path:
+    """The library, from the user's cache folder or compiled into it. Raises OSError, SubprocessError."""
+    flags = (*FLAGS, f"-I{jax.ffi.include_dir()}")
+    told = f"{compiler} {' '.join(flags)} {jax.__version__} {processor()} {SOURCE.read_text()}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxstack" / "native"
+    library = cache / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        fresh = Path(folder) / library.name
+        subprocess.run(
+            [compiler, *flags, str(SOURCE), "-o", str(fresh)], check=True, capture_output=True, text=True,
+            timeout=SECONDS,
+        )  # fmt: skip
+        fresh.replace(library)  # another process may do the same: the last one wins
+    return library
+
+
+def processor() -> str:
+    """What -march=native depends on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    found = [
+        next((line for line in lines if line.startswith(key)), "")
+        for key in ("model name", "flags", "Features")
+    ]
+    return f"{platform.machine()} {found}"

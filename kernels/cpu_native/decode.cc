@@ -1,0 +1,231 @@
+// The two operations that decoding on a CPU spends its time in, read at the speed of memory, for float32.
+//
+// XLA:CPU reads a matrix fast for one row of activations only; for a few rows, and for attention of a few queries
+// against a long cache, it packs operands first. Here each weight and each cached key is loaded once and used for all
+// rows that need it. Work is dealt out in pieces on XLA's own threads: whichever thread is free takes the next one.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+
+inline float sum(Vec v) {
+  float s = 0;
+  for (int i = 0; i < kLanes; ++i) s += v[i];
+  return s;
+}
+
+// Runs piece(0) ... piece(pieces - 1), each once, on this thread and those of the pool that are free.
+template <typename Piece>
+void deal(ffi::ThreadPool& pool, int64_t pieces, Piece piece) {
+  struct Shared {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto shared = std::make_shared<Shared>();
+  auto work = [shared, pieces, piece] {
+    for (int64_t i; (i = shared->next.fetch_add(1)) < pieces;) {
+      piece(i);
+      shared->done.fetch_add(1);
+    }
+  };
+  int64_t threads = std::min<int64_t>(pool.num_threads(), pieces);
+  for (int64_t t = 1; t < threads; ++t) pool.Schedule([work] { work(); });
+  work();
+  // A late helper finds no piece left and touches nothing but the counters, which it shares.
+  for (int turns = 0; shared->done.load() < pieces; ++turns) {
+    if (turns > 1000) std::this_thread::yield();
+  }
+}
+
+// y[b, r] for B rows of x and R rows of w.
+template <int B, int R>
+inline void tile(const float* x, const float* w, float* y, int64_t k, int64_t n) {
+  Vec acc[B][R] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) {
+    Vec row[R];
+    for (int r = 0; r < R; ++r) row[r] = load(w + r * k + i);
+    for (int b = 0; b < B; ++b) {
+      Vec part = load(x + b * k + i);
+      for (int r = 0; r < R; ++r) acc[b][r] += part * row[r];
+    }
+  }
+  for (int b = 0; b < B; ++b)
+    for (int r = 0; r < R; ++r) {
+      float s = sum(acc[b][r]);
+      for (int64_t j = i; j < k; ++j) s += x[b * k + j] * w[r * k + j];
+      y[b * n + r] = s;
+    }
+}
+
+template <int R>
+void columns(const float* x, const float* w, float* y, int64_t rows, int64_t k, int64_t n) {
+  int64_t b = 0;
+  for (; b + 4 <= rows; b += 4) tile<4, R>(x + b * k, w, y + b * n, k, n);
+  for (; b + 2 <= rows; b += 2) tile<2, R>(x + b * k, w, y + b * n, k, n);
+  for (; b < rows; ++b) tile<1, R>(x + b * k, w, y + b * n, k, n);
+}
+
+constexpr int64_t kPieceBytes = 1 << 17;  // of weights: some tens of microseconds
+
+}  // namespace
+
+// x [t, i], w [o, i] -> y [t, o] = x w^T
+static ffi::Error RowsProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w,
+                              ffi::ResultBuffer<ffi::F32> y) {
+  int64_t rows = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
+  const float *xp = x.typed_data(), *wp = w.typed_data();
+  float* yp = y->typed_data();
+  int64_t block = std::max<int64_t>(4, kPieceBytes / (4 * k) / 4 * 4), pieces = (n + block - 1) / block;
+  deal(pool, pieces, [=](int64_t i) {
+    int64_t o = i * block, end = std::min(n, o + block);
+    if (rows == 1)
+      for (; o + 4 <= end; o += 4) columns<4>(xp, wp + o * k, yp + o, rows, k, n);
+    for (; o + 2 <= end; o += 2) columns<2>(xp, wp + o * k, yp + o, rows, k, n);
+    for (; o < end; ++o) columns<1>(xp, wp + o * k, yp + o, rows, k, n);
+  });
+  return ffi::Error::Success();
+}
+
+namespace {
+
+struct Heads {
+  int64_t slots, group, size, width;
+  float scale, softcap;
+  float capped(float logit) const { return softcap > 0 ? softcap * std::tanh(logit / softcap) : logit; }
+};
+
+// Weighted values of slots [lo, hi) for the `group` queries of one kv head: out [group, width], and for each query the
+// largest logit and the sum of weights.
+void part(const Heads& h, const float* q, const float* keys, const float* values, int64_t lo, int64_t hi, float* out,
+          float* top, float* total) {
+  int64_t count = hi - lo;
+  std::vector<float> logits(h.group * count);
+  for (int64_t s = 0; s < count; ++s) {
+    const float* key = keys + (lo + s) * h.size;
+    for (int64_t g = 0; g < h.group; ++g) {
+      float dot = 0;
+      for (int64_t i = 0; i < h.size; ++i) dot += q[g * h.size + i] * key[i];
+      logits[g * count + s] = h.capped(dot * h.scale);
+    }
+  }
+  std::fill(out, out + h.group * h.width, 0.0f);
+  for (int64_t g = 0; g < h.group; ++g) {
+    float* row = logits.data() + g * count;
+    float most = row[0], all = 0;
+    for (int64_t s = 1; s < count; ++s) most = std::max(most, row[s]);
+    for (int64_t s = 0; s < count; ++s) all += row[s] = std::exp(row[s] - most);
+    top[g] = most;
+    total[g] = all;
+  }
+  for (int64_t s = 0; s < count; ++s) {
+    const float* value = values + (lo + s) * h.width;
+    for (int64_t g = 0; g < h.group; ++g) {
+      float weight = logits[g * count + s];
+      for (int64_t i = 0; i < h.width; ++i) out[g * h.width + i] += weight * value[i];
+    }
+  }
+}
+
+constexpr int64_t kSlotsAPiece = 256;
+
+}  // namespace
+
+// q [b, k, g, h] and the new token's k [b, k, 1, h], v [b, k, 1, w] against keys [b, k, s, h], values [b, k, s, w], of
+// which a row's first `lengths` are filled; sinks [k, g], -inf for none; window 0 for none. -> y [b, k, g, w]
+static ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> new_k,
+                                  ffi::Buffer<ffi::F32> new_v, ffi::Buffer<ffi::F32> keys,
+                                  ffi::Buffer<ffi::F32> values, ffi::Buffer<ffi::S32> lengths,
+                                  ffi::Buffer<ffi::F32> sinks, ffi::ResultBuffer<ffi::F32> y, float scale,
+                                  float softcap, int64_t window) {
+  auto qd = q.dimensions(), kd = keys.dimensions();
+  int64_t kv = qd[1], pairs = qd[0] * kv;
+  Heads h{kd[2], qd[2], qd[3], values.dimensions()[3], scale, softcap};
+  const float *qp = q.typed_data(), *nk = new_k.typed_data(), *nv = new_v.typed_data();
+  const float *kp = keys.typed_data(), *vp = values.typed_data(), *sp = sinks.typed_data();
+  const int32_t* lp = lengths.typed_data();
+  float* yp = y->typed_data();
+  auto range = [=](int64_t pair, int64_t* lo, int64_t* hi) {
+    *hi = std::min<int64_t>(lp[pair / kv], h.slots);
+    *lo = window > 0 ? std::max<int64_t>(0, lp[pair / kv] - window + 1) : 0;
+  };
+  struct Piece {
+    int64_t pair, lo, hi;
+  };
+  auto pieces = std::make_shared<std::vector<Piece>>();
+  std::vector<int64_t> first(pairs + 1, 0);
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    int64_t lo, hi;
+    range(pair, &lo, &hi);
+    for (; lo < hi; lo += kSlotsAPiece) pieces->push_back({pair, lo, std::min(hi, lo + kSlotsAPiece)});
+    first[pair + 1] = pieces->size();
+  }
+  int64_t stride = h.group * (h.width + 2), count = pieces->size();
+  auto parts = std::make_shared<std::vector<float>>(count * stride);
+  deal(pool, count, [=](int64_t i) {
+    const Piece& p = (*pieces)[i];
+    float* out = parts->data() + i * stride;
+    part(h, qp + p.pair * h.group * h.size, kp + p.pair * h.slots * h.size, vp + p.pair * h.slots * h.width, p.lo,
+         p.hi, out, out + h.group * h.width, out + h.group * (h.width + 1));
+  });
+  for (int64_t pair = 0; pair < pairs; ++pair)
+    for (int64_t g = 0; g < h.group; ++g) {
+      float own = 0, sink = sp[(pair % kv) * h.group + g];
+      for (int64_t i = 0; i < h.size; ++i) own += qp[(pair * h.group + g) * h.size + i] * nk[pair * h.size + i];
+      own = h.capped(own * scale);
+      float top = std::max(own, sink);
+      for (int64_t i = first[pair]; i < first[pair + 1]; ++i)
+        top = std::max(top, (*parts)[i * stride + h.group * h.width + g]);
+      float share = std::exp(own - top), total = share + std::exp(sink - top);
+      float* out = yp + (pair * h.group + g) * h.width;
+      for (int64_t w = 0; w < h.width; ++w) out[w] = share * nv[pair * h.width + w];
+      for (int64_t i = first[pair]; i < first[pair + 1]; ++i) {
+        const float* found = parts->data() + i * stride;
+        float scaled = std::exp(found[h.group * h.width + g] - top);
+        total += scaled * found[h.group * (h.width + 1) + g];
+        for (int64_t w = 0; w < h.width; ++w) out[w] += scaled * found[g * h.width + w];
+      }
+      for (int64_t w = 0; w < h.width; ++w) out[w] /= total;
+    }
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rows_product, RowsProduct,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cached_attention, CachedAttention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap")
+                                  .Attr<int64_t>("window"));

@@ -1,0 +1,56 @@
+"""The optional C++ against the plain forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxstack.kernels import cpu_native
+from maxstack.models.cached import KVCache, native_one_token, one_token
+
+pytestmark = pytest.mark.skipif(not cpu_native.available(), reason=f"no C++: {cpu_native.problem()}")
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 13])
+@pytest.mark.parametrize("size", [(17, 9), (576, 1537), (64, 50)])
+def test_products_of_few_rows(rows, size):
+    x, w = normal(rows, size[0]), normal(size[1], size[0], seed=1)
+    wanted = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    # Sums of up to 576 products of size 1, in float32.
+    np.testing.assert_allclose(cpu_native.rows_product(x, w), wanted, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 5},
+        {"window": 300, "softcap": 2.0},
+        {"scale": 0.4, "sinks": True},
+        {"window": 1, "sinks": True},
+    ],
+)
+def test_attention_of_one_token(options):
+    b, k, g, h, w, slots = 4, 2, 3, 12, 10, 600
+    q, new = normal(b, 1, k * g, h), KVCache(normal(b, k, 1, h, seed=1), normal(b, k, 1, w, seed=2))
+    cache = KVCache(normal(b, k, slots, h, seed=3), normal(b, k, slots, w, seed=4))
+    lengths = jnp.asarray([0, 3, 257, 600], jnp.int32)
+    options = dict(options)
+    sinks = normal(k * g, seed=5) if options.pop("sinks", False) else None
+    given = native_one_token(q, new, cache, lengths, sinks, **options)
+    wanted = one_token(q, new, cache, lengths, sinks, **options)
+    np.testing.assert_allclose(given, wanted, atol=2e-6)
+
+
+def test_it_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv("MAXSTACK_NATIVE", "0")
+    assert cpu_native.build.problem.__wrapped__() == "MAXSTACK_NATIVE=0"
+
+
+def test_without_a_compiler_the_reason_is_told(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "no C++ compiler" in str(cpu_native.build.problem.__wrapped__())
