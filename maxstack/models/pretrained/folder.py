@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from maxstack import sharding
@@ -45,8 +44,13 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def load_folder(folder: Path, *, dtype: Dtype | None = None, mesh: Mesh | None = None) -> Transformer:
-    """The model of a folder; weights in the compute type. Raises UserError for whatever is wrong with the folder."""
+def load_folder(
+    folder: Path, *, dtype: Dtype | None = None, mesh: Mesh | None = None, kept: str | None = None
+) -> Transformer:
+    """The model of a folder. Raises UserError for whatever is wrong with the folder.
+
+    `dtype` is the compute type, `kept` that of the weights (default: the compute type).
+    """
     values = read_json(folder / CONFIG_FILE)
     family, config = read_config(values, str(folder / CONFIG_FILE))
     if "auto_map" in values:
@@ -57,14 +61,14 @@ def load_folder(folder: Path, *, dtype: Dtype | None = None, mesh: Mesh | None =
         )
     source = open_weights(folder)
     try:
-        return load_tensors(family, config, source, dtype=dtype, mesh=mesh)
+        return load_tensors(family, config, source, dtype=dtype, mesh=mesh, kept=kept)
     finally:
         source.close()
 
 
 def load_tensors(
     family: Family, config: TransformerConfig, source: TensorSource, *, dtype: Dtype | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None = None, kept: str | None = None,
 ) -> Transformer:  # fmt: skip
     """A model of `config` with the tensors of `source`, on one device or sharded over `mesh`."""
     config = dataclasses.replace(config, dtype=dtype or natural_dtype(source), remat="none")
@@ -73,10 +77,10 @@ def load_tensors(
     head = table.get("head")  # some files hold it although it is the token table
     unused = [*family.not_needed(config), *([re.escape(head)] if isinstance(head, str) else [])]
     in_file = {entry.leaf for entry in places}
-    kept = np.dtype(jnp.dtype(config.dtype))
+    weights = jnp.dtype(kept or config.dtype)
     buffers = tree.buffer_names(abstract)
     shapes = {
-        leaf: jax.ShapeDtypeStruct(a.shape, a.dtype if leaf in buffers else kept)
+        leaf: jax.ShapeDtypeStruct(a.shape, a.dtype if leaf in buffers else weights)
         for leaf, a in tree.leaves(abstract).items()
     }
     homes = homes_of(abstract, mesh)

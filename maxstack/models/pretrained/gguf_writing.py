@@ -1,5 +1,6 @@
 """A model as a GGUF file for llama.cpp: written beside its place, read again and compared, then put there."""
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -13,10 +14,17 @@ import maxstack
 from maxstack.config import RunError, UserError
 from maxstack.data.tokenizer import Tokenizer, gguf_tokenizer
 from maxstack.models import tree
-from maxstack.models.families import FAMILIES, Family
+from maxstack.models.families import FAMILIES
 from maxstack.models.families.weights import entries
 from maxstack.models.files import Export, TensorInfo, write_gguf
-from maxstack.models.pretrained.gguf import ARCHITECTURES, FACTORS, Architecture, load_gguf
+from maxstack.models.pretrained.gguf import (
+    ARCHITECTURES,
+    FACTORS,
+    Architecture,
+    described,
+    llama3_factors,
+    load_gguf,
+)
 from maxstack.models.pretrained.writing import (
     HostLeaves,
     beside,
@@ -30,7 +38,7 @@ from maxstack.models.pretrained.writing import (
     run,
     write_json,
 )
-from maxstack.models.rope import RopeConfig, llama3_frequencies, plain_frequencies
+from maxstack.models.rope import RopeConfig
 from maxstack.models.transformer import Transformer, TransformerConfig
 
 KINDS: Mapping[str, str] = {
@@ -66,18 +74,14 @@ def save_gguf(
         )
     if (dtype or "float32") not in KINDS:
         raise UserError(f"dtype {dtype!r} is not written; these are: {', '.join(KINDS)}")
-    name, row, like = architecture_for(model.config, family)
+    name, own = architecture_for(model.config, family)
     kind = KINDS[dtype or natural(model)]
     file.parent.mkdir(parents=True, exist_ok=True)
     with beside(file) as work:
         made = work / file.name
-        own = architecture_keys(name, like.keys(model.config))
-        metadata = {
-            **general(name, model, kind),
-            **own,
-            **gguf_tokenizer(tokenizer, vocab_size=model.config.vocab_size),
-        }
-        write_gguf(made, metadata, [*exports(row, model, kind), *factors(model.config)])
+        words = gguf_tokenizer(tokenizer, vocab_size=model.config.vocab_size)
+        metadata = {**general(name, kind), **own, **words}
+        write_gguf(made, metadata, [*exports(ARCHITECTURES[name], model, kind), *factors(model.config)])
         manifest = compared(model, made, name, kind)
         write_json(work / "manifest", manifest)
         os.replace(work / "manifest", file.with_name(file.name + ".json"))
@@ -85,41 +89,45 @@ def save_gguf(
     return manifest
 
 
-def architecture_for(config: TransformerConfig, prefer: str | None) -> tuple[str, Architecture, Family]:
-    """The GGUF architecture that can hold a model, by its name. Raises UserError when none can."""
+def architecture_for(config: TransformerConfig, prefer: str | None) -> tuple[str, dict[str, Any]]:
+    """The GGUF architecture that can hold a model, by its name, and its keys. Raises UserError when none can."""
     for name, row in ARCHITECTURES.items():
         for family in FAMILIES:
             asked = prefer in (None, name, family.name, *family.model_types)
-            same = row.model_type in family.model_types
-            if asked and same and family.expresses(config) and named(config, row):
-                return name, row, family
+            if asked and row.model_type in family.model_types and family.expresses(config):
+                keys = architecture_keys(name, family.keys(config))
+                if holds(config, row, {"general.architecture": name, **keys}):
+                    return name, keys
     raise UserError(
         f"no GGUF architecture that is written here holds this model{f' as {prefer}' if prefer else ''}; "
         f"these are: {', '.join(ARCHITECTURES)}. Write a model folder and convert it with llama.cpp's own script"
     )
 
 
-def named(config: TransformerConfig, row: Architecture) -> bool:
-    """Whether the architecture has a name for every weight."""
+def holds(config: TransformerConfig, row: Architecture, metadata: Mapping[str, Any]) -> bool:
+    """Whether the architecture has a name for every weight, and its keys say all of the config: they give it back."""
     try:
-        return bool(entries(config, row.table))
+        names = [entry.source for entry in entries(config, row.table)]
+        factors_ = [export.array() for export in factors(config)]
+        _, again = described(metadata, names, factors_[0] if factors_ else None, "the GGUF file")
     except UserError:
         return False
+    return again == dataclasses.replace(config, remat=again.remat, dtype=again.dtype)
 
 
-def general(name: str, model: Transformer, kind: str) -> dict[str, Any]:
+def general(name: str, kind: str) -> dict[str, Any]:
     """Keys of every file."""
     return {
         "general.architecture": name, "general.type": "model", "general.name": f"maxstack {name}",
         "general.file_type": FILE_TYPES[kind], "general.quantization_version": 2,
-        f"{name}.vocab_size": model.config.vocab_size,
     }  # fmt: skip
 
 
 def architecture_keys(name: str, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `gguf.common_keys`."""
-    head = keys["head_dim"]
+    """The inverse of `gguf.config_keys`, as far as there is one: `holds` finds what has no place in a file."""
+    head = keys.get("head_dim", keys["hidden_size"] // keys["num_attention_heads"])
     found = {
+        "vocab_size": keys["vocab_size"],
         "context_length": keys["max_position_embeddings"], "embedding_length": keys["hidden_size"],
         "block_count": keys["num_hidden_layers"], "feed_forward_length": keys["intermediate_size"],
         "attention.head_count": keys["num_attention_heads"], "attention.head_count_kv": keys["num_key_value_heads"],
@@ -127,24 +135,19 @@ def architecture_keys(name: str, keys: Mapping[str, Any]) -> dict[str, Any]:
         "attention.value_length": head, "rope.freq_base": float(keys["rope_theta"]), "rope.dimension_count": head,
     }  # fmt: skip
     scaling = keys.get("rope_scaling", {})
-    kind = scaling.get("rope_type")
-    if kind in ("linear", "yarn"):
-        found |= {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])}
-        if kind == "yarn":
-            found["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
-    elif kind not in (None, "llama3"):
-        raise UserError(f"rotary scaling {kind!r} has no place in a GGUF file; write a model folder")
+    if scaling.get("rope_type") in ("linear", "yarn"):
+        found |= {"rope.scaling.type": scaling["rope_type"], "rope.scaling.factor": float(scaling["factor"])}
+    if scaling.get("rope_type") == "yarn":
+        found["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
     return {f"{name}.{key}": value for key, value in found.items()}
 
 
 def factors(config: TransformerConfig) -> list[Export]:
     """llama3's scaling as llama.cpp keeps it: one factor for each frequency."""
     attention: Any = config.stacks[0].pattern[0].attention
-    rope = attention.rope
-    if not isinstance(rope, RopeConfig) or rope.scaling != "llama3":
+    if not isinstance(attention.rope, RopeConfig) or attention.rope.scaling != "llama3":
         return []
-    size = rope.rotated(attention.head_size)
-    values = (plain_frequencies(rope, size) / llama3_frequencies(rope, size)).astype(np.float32)
+    values = llama3_factors(attention.rope, attention.rope.rotated(attention.head_size))
     return [Export(FACTORS, TensorInfo(values.shape, "float32"), "F32", lambda: values)]
 
 
@@ -172,7 +175,7 @@ def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
 
 def compared(model: Transformer, file: Path, name: str, kind: str) -> dict[str, Any]:
     """The manifest. Raises RunError when the weights read again are not those meant, or the logits are not theirs."""
-    again, _ = load_gguf(file, dtype=model.config.dtype)
+    again, _ = load_gguf(file, dtype=model.config.dtype, kept=natural(model))
     tokens = probe(model)
     given, exact = np.asarray(run(again, tokens)), np.asarray(run(model, tokens))
     worst = {leaf: relative(a, b) for leaf, (a, b) in paired(model, again).items()}

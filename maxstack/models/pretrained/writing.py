@@ -55,7 +55,8 @@ def save_folder(
         write_json(work / "generation_config.json", token_keys(tokenizer))
         if tokenizer is not None:
             tokenizer.save(work)
-        manifest = manifest_of(row, model, kind, work, load_folder(work, dtype=model.config.dtype))
+        again = load_folder(work, dtype=model.config.dtype, kept=natural(model))
+        manifest = manifest_of(row, model, kind, work, again)
         (work / "README.md").write_text(card(row, model, kind, made, manifest), encoding="utf-8")
         write_json(work / MANIFEST, manifest)
         os.replace(work, folder)

@@ -1,5 +1,6 @@
 """Model folders in and out: what is read is what was written, on one device or more; what is wrong is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -111,6 +112,17 @@ def test_bfloat16_is_kept_as_it_is(llama):
     assert {array.dtype for array in tree.leaves(model).values()} == {jnp.dtype(jnp.bfloat16)}
     name = "model.layers.1.mlp.up_proj.weight"
     np.testing.assert_array_equal(tree.leaves(model)["stacks.0.layers.0.feed_forward.up.w"][1], kept[name].T)
+
+
+@pytest.mark.parametrize("name", [LLAMA, "deepseek3-plain"])
+def test_float32_weights_of_a_model_that_computes_in_bfloat16_are_written_whole(name, tmp_path):
+    """Read again in bfloat16, a router would choose other experts and a right export would be refused."""
+    model, _ = maxstack.load(folder_of(name, tmp_path / "source"))
+    config = dataclasses.replace(model.config, dtype="bfloat16")
+    model = tree.rebuild(tree.abstract(lambda: config.build(jax.random.key(0))), tree.leaves(model))
+    manifest = maxstack.save(model, None, tmp_path / "target")
+    assert manifest["dtype"] == "float32"
+    assert manifest["largest_logit_difference"] == 0.0
 
 
 @pytest.mark.parametrize(
