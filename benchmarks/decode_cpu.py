@@ -10,13 +10,13 @@ read by a sum over a large array in the same round, the bytes of a token arrive.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
+
+from turns import Contender  # beside this file
 
 CACHED, TOKENS, VOCABULARY = 512, 8, 49_152
 SHAPE = {
@@ -90,33 +90,6 @@ def serve(contender: Any) -> None:
         print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
 
 
-class Contender:
-    """A process that takes a turn when asked."""
-
-    def __init__(self, name: str, command: list[str]):
-        here = Path(__file__).resolve().parent
-        environment = {**os.environ, "PYTHONPATH": str(here.parent), "JAX_PLATFORMS": "cpu"}
-        self.name = name
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.stdin, self.stdout = cast(IO[str], self.process.stdin), cast(IO[str], self.process.stdout)
-        self.read()
-
-    def read(self) -> dict[str, Any]:
-        line = self.stdout.readline()
-        if not line:
-            raise RuntimeError(
-                f"{self.name} ended with exit code {self.process.wait()}; its message is above"
-            )
-        return json.loads(line)
-
-    def turn(self, what: str, rows: int) -> float:
-        self.stdin.write(f"{what} {rows}\n")
-        self.stdin.flush()
-        return self.read()["seconds"]
-
-
 def contenders(args: argparse.Namespace) -> list[Contender]:
     here = Path(__file__).resolve().parent
     found = [Contender(name, [sys.executable, __file__, "--serve", name]) for name in ("maxstack", "memory")]
@@ -137,7 +110,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
             took: dict[str, list[float]] = {one.name: [] for one in all_}
             for at in range(rounds + 1):  # the first compiles
                 for one in all_:
-                    seconds = one.turn(what, count)
+                    seconds = one.ask(f"{what} {count}")["seconds"]
                     if at:
                         took[one.name].append(seconds)
             rows.append(summary(what, count, took))

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 
-import llama_cpp as ll  # pyrefly: ignore [missing-import]
+import llama_cpp as ll
 
 
 class Theirs:

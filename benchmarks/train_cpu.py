@@ -9,14 +9,14 @@ resident size of the process while it steps, compilation left out. Prints a mark
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
+
+from turns import Contender  # beside this file
 
 LENGTH, ROWS = 512, 8
 SIZES: dict[str, dict[str, int]] = {
@@ -111,11 +111,11 @@ def serve(args: argparse.Namespace) -> None:
     print(json.dumps(report), flush=True)
 
 
-class Contender:
+class Trainer(Contender):
     """A process that does a step when asked."""
 
     def __init__(self, name: str, size: str, dtype: str, args: argparse.Namespace):
-        self.name, self.took, here = name, [], Path(__file__).resolve().parent
+        self.took, here = [], Path(__file__).resolve().parent
         shared = ["--dtype", dtype, "--accumulation", str(args.accumulation), "--warmup", str(args.warmup)]
         if name == "maxstack":
             extra = ["--dump", args.dump, "--profile", args.profile, "--remat", args.remat]
@@ -125,27 +125,14 @@ class Contender:
             flags = [part for key, n in shape.items() for part in (f"--{key.replace('_', '-')}", str(n))]
             script = str(here / "torch_train.py")
             command = [args.torch_python, script, "--serve", "--mode", name, *flags, *shared]
-        environment = {**os.environ, "PYTHONPATH": str(here.parent), "JAX_PLATFORMS": "cpu"}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.stdin, self.stdout = cast(IO[str], self.process.stdin), cast(IO[str], self.process.stdout)
-        self.read()
-
-    def read(self) -> dict[str, Any]:
-        line = self.stdout.readline()
-        if not line:
-            raise RuntimeError(
-                f"{self.name} ended with exit code {self.process.wait()}; its message is above"
-            )
-        return json.loads(line)
+        super().__init__(name, command)
 
     def step(self) -> None:
-        self.stdin.write("step\n")
-        self.stdin.flush()
-        self.took.append(self.read())
+        """One more step."""
+        self.took.append(self.ask("step"))
 
-    def finish(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
+        """What it says at its end, and how long its steps took."""
         self.stdin.close()
         report = self.read()
         self.process.wait()
@@ -156,11 +143,11 @@ class Contender:
 
 def compare(size: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     """One size and type: every contender warmed up, then `rounds` rounds of a step each."""
-    contenders = [Contender(name, size, dtype, args) for name in args.contenders]
+    contenders = [Trainer(name, size, dtype, args) for name in args.contenders]
     for _ in range(args.rounds):
         for contender in contenders:
             contender.step()
-    reports = {contender.name: contender.finish() for contender in contenders}
+    reports = {contender.name: contender.report() for contender in contenders}
     row: dict[str, Any] = {"size": size, "dtype": dtype, "contenders": reports}
     peers = [report for name, report in reports.items() if name != "maxstack"]
     if "maxstack" in reports and peers:

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -11,6 +12,8 @@ import tempfile
 from pathlib import Path
 
 import jax
+
+log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "decode.cc"
 SWITCH = "MAXSTACK_NATIVE"
@@ -26,8 +29,15 @@ SECONDS = 120.0
 
 @functools.cache
 def problem() -> str | None:
-    """Why the operations are not there (switched off, no compiler, its complaint); None when they are, compiled on the
-    first call and registered with XLA."""
+    """Why the operations are not there (switched off, no compiler, its complaint), also logged once; None when they
+    are, compiled on the first call and registered with XLA."""
+    reason = _register()
+    if reason is not None:
+        log.info("decoding on the CPU goes without its C++ part: %s", reason)
+    return reason
+
+
+def _register() -> str | None:
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
     if platform.system() not in ("Linux", "Darwin"):
@@ -48,7 +58,7 @@ def compiled(compiler: str) -> Path:
     """The library, from the user's cache folder or compiled into it. Raises OSError, SubprocessError."""
     flags = (*FLAGS, f"-I{jax.ffi.include_dir()}")
     told = f"{compiler} {' '.join(flags)} {jax.__version__} {processor()} {SOURCE.read_text()}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxstack" / "native"
+    cache = user_cache() / "maxstack" / "native"
     library = cache / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
@@ -61,6 +71,11 @@ def compiled(compiler: str) -> Path:
         )  # fmt: skip
         fresh.replace(library)  # another process may do the same: the last one wins
     return library
+
+
+def user_cache() -> Path:
+    """The user's cache folder, as the XDG rules have it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def processor() -> str:

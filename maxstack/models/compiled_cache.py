@@ -1,11 +1,15 @@
 """Compiled programs kept on disk, so that the next process starts without compiling."""
 
 import hashlib
+import logging
 import os
-import platform
 from pathlib import Path
 
 import jax
+
+from maxstack.kernels.cpu_native.build import processor, user_cache
+
+log = logging.getLogger(__name__)
 
 SWITCH = "MAXSTACK_COMPILED_CACHE"
 """Environment variable: a folder for the cache, or 0 for none."""
@@ -19,24 +23,17 @@ def use_compiled_cache() -> Path | None:
     wanted = os.environ.get(SWITCH, "")
     if wanted == "0" or jax.config.jax_compilation_cache_dir is not None:
         return None
-    folder = Path(wanted) if wanted else user_cache() / "maxstack" / "compiled" / processor()
+    folder = Path(wanted) if wanted else user_cache() / "maxstack" / "compiled" / fingerprint()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written: compile each time
+    except OSError as error:  # a home that cannot be written
+        log.info("programs are compiled each time, their cache cannot be written: %s", error)
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     return folder
 
 
-def user_cache() -> Path:
-    """The user's cache folder, as the XDG rules have it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-
-
-def processor() -> str:
+def fingerprint() -> str:
     """A name for this kind of processor: code compiled for another one may not run here."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return hashlib.sha256(f"{platform.machine()} {features}".encode()).hexdigest()[:12]
+    return hashlib.sha256(processor().encode()).hexdigest()[:12]

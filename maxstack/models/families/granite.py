@@ -35,16 +35,13 @@ def config(keys: Keys) -> TransformerConfig:
 def keys(config: TransformerConfig) -> dict[str, Any]:
     block = first_blocks(config)[0]
     a = block.attention
-    keys = common_keys(config) | {
+    return common_keys(config, head_key=False) | {
         "hidden_act": "silu", "intermediate_size": block.feed_forward.size,
         "attention_bias": block.attention.qkv_bias, "mlp_bias": block.feed_forward.bias,
         "attention_multiplier": a.head_size**-0.5 if a.scale is None else a.scale,
         "residual_multiplier": block.residual_multiplier, "embedding_multiplier": config.embedding_scale,
         "logits_scaling": 1.0 / config.logit_scale,
     }  # fmt: skip
-    if a.head_size * a.heads == config.width:
-        del keys["head_dim"]  # no key of transformers' own
-    return keys
 
 
 GRANITE = Family(

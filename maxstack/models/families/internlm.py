@@ -128,10 +128,13 @@ def three(keys: Keys) -> TransformerConfig:
     return gated(keys, attention, bias=bias)
 
 
-def written(config: TransformerConfig) -> dict[str, Any]:
+def written(config: TransformerConfig, *, head_key: bool = True) -> dict[str, Any]:
     """Keys of all three."""
     block = first_blocks(config)[0]
-    return common_keys(config) | {"hidden_act": "silu", "intermediate_size": block.feed_forward.size}
+    return common_keys(config, head_key=head_key) | {
+        "hidden_act": "silu",
+        "intermediate_size": block.feed_forward.size,
+    }
 
 
 def one_keys(config: TransformerConfig) -> dict[str, Any]:
@@ -145,15 +148,10 @@ def one_keys(config: TransformerConfig) -> dict[str, Any]:
 
 
 def two_keys(config: TransformerConfig) -> dict[str, Any]:
-    keys, a = written(config), first_blocks(config)[0].attention
-    if a.head_size * a.heads == config.width:
-        del keys["head_dim"]  # no key of InternLM's own
+    keys, a = written(config, head_key=False), first_blocks(config)[0].attention
     scaling = keys.pop("rope_scaling", None)
-    if scaling is not None:
-        scaling = {
-            "type": scaling.pop("rope_type"),
-            **scaling,
-        }  # the older word is the one that its code knows
+    if scaling is not None:  # the older word is the one that its code knows
+        scaling = {"type": scaling.pop("rope_type"), **scaling}
     return keys | {"bias": a.qkv_bias, "rope_scaling": scaling}
 
 

@@ -60,13 +60,17 @@ def config(keys: Keys) -> TransformerConfig:
     return model(keys, BlockConfig(attention=attention, feed_forward=feed_forward, norm=norm))
 
 
-def common_keys(config: TransformerConfig) -> dict[str, Any]:
-    """Keys that most families write alike, of a model whose layers have the same sizes."""
+def common_keys(config: TransformerConfig, *, head_key: bool = True) -> dict[str, Any]:
+    """Keys that most families write alike, of a model whose layers have the same sizes.
+
+    `head_key`: the size of a head is a key of the family's own; else it is only written where it has to be.
+    """
     block = first_blocks(config)[0]
     a, rope = block.attention, block.attention.rope
     return {
         "vocab_size": config.vocab_size, "hidden_size": config.width, "num_hidden_layers": config.depth,
-        "num_attention_heads": a.heads, "num_key_value_heads": a.kv_heads, "head_dim": a.head_size,
+        "num_attention_heads": a.heads, "num_key_value_heads": a.kv_heads,
+        **({"head_dim": a.head_size} if head_key or a.head_size * a.heads != config.width else {}),
         "rms_norm_eps": block.norm.eps, "max_position_embeddings": config.max_length,
         "tie_word_embeddings": config.tie_embeddings, **(rope_settings(rope) if rope else {}),
         # Some classes of transformers have one of their own, which may lie outside of the vocabulary.

@@ -45,12 +45,9 @@ def config(keys: Keys) -> TransformerConfig:
 
 def keys(config: TransformerConfig) -> dict[str, Any]:
     block = first_blocks(config)[0]
-    keys = common_keys(config) | {
+    return common_keys(config, head_key=False) | {
         "hidden_act": "silu", "intermediate_size": block.feed_forward.size, "attention_bias": block.attention.qkv_bias,
     }  # fmt: skip
-    if block.attention.head_size * block.attention.heads == config.width:
-        del keys["head_dim"]  # no key of transformers' own
-    return keys
 
 
 OLMO2 = Family(

@@ -41,13 +41,10 @@ def keys(config: TransformerConfig) -> dict[str, Any]:
     block = first_blocks(config)[0]
     a = block.attention
     original = a.rope.original_length if a.rope.scaling == "longrope" else config.max_length
-    keys = common_keys(config) | {
+    return common_keys(config, head_key=False) | {
         "hidden_act": "silu", "intermediate_size": block.feed_forward.size, "sliding_window": a.window,
         "partial_rotary_factor": a.rope.fraction, "original_max_position_embeddings": original,
     }  # fmt: skip
-    if a.head_size * a.heads == config.width:
-        del keys["head_dim"]  # no key of transformers' own
-    return keys
 
 
 def fused_gate_up(config: TransformerConfig) -> Table:

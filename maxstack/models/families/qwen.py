@@ -51,22 +51,19 @@ def qwen3(keys: Keys) -> TransformerConfig:
     return windowed(keys, attention)
 
 
-def common(config: TransformerConfig) -> dict[str, Any]:
+def common(config: TransformerConfig, *, head_key: bool) -> dict[str, Any]:
     blocks = first_blocks(config)
-    return common_keys(config) | window_keys([block.attention.window for block in blocks]) | {
+    return common_keys(config, head_key=head_key) | window_keys([block.attention.window for block in blocks]) | {
         "hidden_act": "silu", "intermediate_size": blocks[0].feed_forward.size,
     }  # fmt: skip
 
 
 def qwen2_keys(config: TransformerConfig) -> dict[str, Any]:
-    keys, a = common(config), first_blocks(config)[0].attention
-    if a.head_size * a.heads == config.width:
-        del keys["head_dim"]  # no key of transformers' own
-    return keys
+    return common(config, head_key=False)
 
 
 def qwen3_keys(config: TransformerConfig) -> dict[str, Any]:
-    return common(config) | {"attention_bias": first_blocks(config)[0].attention.qkv_bias}
+    return common(config, head_key=True) | {"attention_bias": first_blocks(config)[0].attention.qkv_bias}
 
 
 QWEN2 = Family(
