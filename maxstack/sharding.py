@@ -209,9 +209,8 @@ def gather_local(cut: jax.Array, spec: PartitionSpec, tokens: PartitionSpec, dty
     over = [axis for axes in tokens[:2] for axis in _names(axes)]
     dims = [(i, axis) for i, axes in enumerate(spec) for axis in _names(axes) if axis in over]
     copied = tuple(axis for axis in over if axis not in [gathered for _, gathered in dims])
-    cut = jax.lax.pcast(
-        cut, copied, to="varying"
-    )  # the transpose of this sums over the axes that copy the weight
+    # The transpose of this sums over the axes that copy the weight.
+    cut = jax.lax.pcast(cut, copied, to="varying")
 
     @jax.custom_vjp
     def gathered(w: jax.Array) -> jax.Array:
