@@ -1,5 +1,6 @@
 """Every example of docs/extend.md runs: a page that is wrong is a failing test."""
 
+import dataclasses
 import re
 import sys
 import types
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from maxstack.config import plain
+from maxstack.config import UserError, plain
+from maxstack.models import families
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "extend.md"
 
@@ -33,11 +35,26 @@ def run(text: str) -> dict:
 
 def test_every_example_of_the_page_holds(monkeypatch):
     monkeypatch.setattr(plain, "_REGISTERED", {})
+    monkeypatch.setattr(families, "_REGISTERED", [])
+    monkeypatch.chdir(PAGE.parents[1])
     names = run(PAGE.read_text())
-    assert {"Fading", "Parallel", "every_second", "edited", "of_last", "focal", "each"} <= names.keys()
+    wanted = {"Fading", "Parallel", "every_second", "edited", "of_last", "focal", "each"}
+    assert wanted | {"windowed", "streams", "silenced", "pull", "arcee"} <= names.keys()
 
 
 def test_a_wrong_example_is_found_at_its_line():
     with pytest.raises(ZeroDivisionError) as caught:
         run("# Page\n\n```python\none = 1\n```\n\nText.\n\n```python\none / 0\n```\n")
     assert caught.traceback[-1].lineno + 1 == 10
+
+
+def test_a_family_is_registered_once_and_under_a_name_of_its_own(monkeypatch):
+    monkeypatch.setattr(families, "_REGISTERED", [])
+    own = dataclasses.replace(families.LLAMA, name="Own", model_types=("own",))
+    for _ in range(2):
+        assert families.register_family(own) is own
+    assert families.family_of({"model_type": "own"}, "config.json") is own
+    assert families.families().count(own) == 1
+    for taken in (dataclasses.replace(own, name="Llama"), dataclasses.replace(own, name="Other")):
+        with pytest.raises(UserError, match=r"there is (Llama|Own)"):
+            families.register_family(dataclasses.replace(taken, absent=("x",)))

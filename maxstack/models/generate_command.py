@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from maxstack.config import UserError
-from maxstack.data.tokenizer import Tokenizer, stop_ids
+from maxstack.data.tokenizer import Tokenizer
 from maxstack.models.compiled_cache import use_compiled_cache
 from maxstack.models.generate import prompt_ids
 from maxstack.models.generation import Completion, Generator, SamplingParams
 from maxstack.models.load import load
-from maxstack.models.pretrained.places import place_of
 
 STANDARD_INPUT = "-"
 SETTINGS = {field.name: field for field in dataclasses.fields(SamplingParams)}
@@ -99,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
     model, tokenizer = load(args.model, step=args.step, averaged=args.averaged)
     if tokenizer is None:
         raise UserError(f"{args.model}: no tokenizer beside the weights, so there is no way to read a prompt")
-    generator = Generator(model, tokenizer, end_ids=end_ids(args.model, tokenizer))
+    generator = Generator(model, tokenizer)
     del model
     if len(prompts) == 1 and not args.json:
         stream_text(generator, tokenizer, prompts[0], params)
@@ -108,13 +107,6 @@ def main(argv: Sequence[str]) -> int:
         line = as_json(prompt, completion, params) if args.json else f"{prompt}{completion.text}\n"
         print(line, flush=True)
     return 0
-
-
-def end_ids(model: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokenizer's end token, and those that a model folder names besides."""
-    place = place_of(model)
-    own = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    return [*own, *(stop_ids(place) if place.is_dir() else ())]
 
 
 def read_prompts(given: Sequence[str], source: str | None) -> list[str]:

@@ -214,6 +214,15 @@ def test_a_copy_keeps_everything(definition):
         assert other.encode("<|im_end|>") == tokenizer.encode("<|im_end|>")
 
 
+def test_saved_files_end_a_generation_where_the_tokenizer_did(definition, tmp_path):
+    several = Tokenizer(definition, {"eos_token": "<|im_end|>"}, stop_ids=(3, 4))
+    several.save(tmp_path / "several")
+    assert len(several.stop_ids) == 3
+    assert load_tokenizer(tmp_path / "several").stop_ids == several.stop_ids
+    Tokenizer(definition, {"eos_token": "<|im_end|>"}).save(tmp_path / "one")
+    assert not (tmp_path / "one" / "generation_config.json").exists()
+
+
 def test_the_fingerprint_is_what_it_always_was():
     """Prepared data remembers it: sha256 of the definition and the begin and end ids, in canonical JSON."""
     from maxstack.data.tokenizer import byte_tokenizer

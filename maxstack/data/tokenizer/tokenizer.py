@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from maxstack.config import UserError
-from maxstack.data.tokenizer.files import CONFIG_FILE, TOKENIZER_FILE, write_files
+from maxstack.config import UserError, write_atomically
+from maxstack.data.tokenizer.files import CONFIG_FILE, MODEL_CONFIG_FILES, TOKENIZER_FILE, write_files
 from maxstack.data.tokenizer.pieces import Assembly, has_byte_fallback
 from maxstack.data.tokenizer.settings import chat_template, content, named_tokens
 
@@ -159,8 +159,14 @@ class Tokenizer:
         return Assembly(self.inner)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the files that `load_tokenizer` and transformers' AutoTokenizer open, chat templates included."""
+        """Write the files that `load_tokenizer` and transformers' AutoTokenizer open, chat templates included.
+
+        Several stop ids go into generation_config.json, unless a model's is there already.
+        """
         write_files(Path(folder), self.definition, self.settings, self.special_tokens, self.chat_template)
+        target = Path(folder) / MODEL_CONFIG_FILES[0]
+        if len(self.stop_ids) > 1 and not target.exists():
+            write_atomically(target, json.dumps({"eos_token_id": self.stop_ids}, indent=2).encode())
 
     def __reduce__(self):
         return Tokenizer, (self.definition, self.settings, self.stop_ids)

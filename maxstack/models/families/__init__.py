@@ -48,15 +48,35 @@ FAMILIES: tuple[Family, ...] = (
     GPT_OSS,
 )
 """In the order in which a model that several of them could hold is offered to them."""
+_REGISTERED: list[Family] = []
+
+
+def families() -> tuple[Family, ...]:
+    """Those of the project, then those that were registered."""
+    return (*FAMILIES, *_REGISTERED)
+
+
+def register_family(family: Family) -> Family:
+    """Let `family` be read and written like the project's own. Raises UserError when its name or a type is taken."""
+    for other in families():
+        same = other.name == family.name or set(other.model_types) & set(family.model_types)
+        if same and other is not family:
+            raise UserError(
+                f"family {family.name} ({', '.join(family.model_types)}): there is {other.name} "
+                f"({', '.join(other.model_types)}) already; take another name and model_type"
+            )
+    if family not in families():
+        _REGISTERED.append(family)
+    return family
 
 
 def family_of(values: Mapping[str, Any], where: str) -> Family:
     """The family of a config.json. Raises UserError, with the list of those that are supported, for any other."""
     kind = values.get("model_type")
-    for family in FAMILIES:
+    for family in families():
         if kind in family.model_types:
             return family
-    known = ", ".join(f"{family.name} ({', '.join(family.model_types)})" for family in FAMILIES)
+    known = ", ".join(f"{family.name} ({', '.join(family.model_types)})" for family in families())
     raise UserError(f"{where}: model_type {kind!r} is not supported; these are: {known}")
 
 
@@ -75,18 +95,20 @@ def read_config(values: Mapping[str, Any], where: str) -> tuple[Family, Transfor
 def family_for(config: TransformerConfig, *, prefer: str | None = None) -> Family:
     """The family that can hold `config`. Raises UserError when none can, or `prefer` (a name or model_type) cannot."""
     if prefer is not None:
-        wanted = [f for f in FAMILIES if prefer in (f.name, *f.model_types)]
+        wanted = [f for f in families() if prefer in (f.name, *f.model_types)]
         if not wanted:
-            raise UserError(f"no family {prefer!r}: the known ones are {', '.join(f.name for f in FAMILIES)}")
+            raise UserError(
+                f"no family {prefer!r}: the known ones are {', '.join(f.name for f in families())}"
+            )
         if not wanted[0].expresses(config):
             raise UserError(
                 f"the {wanted[0].name} family cannot hold this model: its config.json has no way to say it"
             )
         return wanted[0]
-    for family in FAMILIES:
+    for family in families():
         if family.expresses(config):
             return family
     raise UserError(
         "no family of models holds this one (the supported ones are "
-        f"{', '.join(f.name for f in FAMILIES)}): keep it as a maxstack checkpoint"
+        f"{', '.join(f.name for f in families())}): keep it as a maxstack checkpoint"
     )

@@ -59,11 +59,11 @@ class Generator:
         end_ids: Sequence[int] | None = None,
         on: str | None = None,
     ):
-        """`end_ids` end a row (by default the tokenizer's end token). `on` is the platform whose form of the programs
+        """`end_ids` end a row (by default the tokenizer's `stop_ids`). `on` is the platform whose form of the programs
         is used: that at hand, unless told otherwise."""
         self.config, self.tokenizer = model.config, tokenizer
         self._programs, self._weights = programs_for(model, on)
-        default = () if tokenizer is None or tokenizer.eos_id is None else (tokenizer.eos_id,)
+        default = () if tokenizer is None else tokenizer.stop_ids
         self.end_ids = frozenset(default if end_ids is None else end_ids)
 
     def stream(

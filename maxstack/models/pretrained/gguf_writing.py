@@ -14,7 +14,7 @@ import maxstack
 from maxstack.config import RunError, UserError
 from maxstack.data.tokenizer import Tokenizer, gguf_tokenizer
 from maxstack.models import tree
-from maxstack.models.families import FAMILIES
+from maxstack.models.families import families
 from maxstack.models.families.weights import entries
 from maxstack.models.files import Export, TensorInfo, write_gguf
 from maxstack.models.pretrained.gguf import (
@@ -92,7 +92,7 @@ def save_gguf(
 def architecture_for(config: TransformerConfig, prefer: str | None) -> tuple[str, dict[str, Any]]:
     """The GGUF architecture that can hold a model, by its name, and its keys. Raises UserError when none can."""
     for name, row in ARCHITECTURES.items():
-        for family in FAMILIES:
+        for family in families():
             asked = prefer in (None, name, family.name, *family.model_types)
             if asked and row.model_type in family.model_types and family.expresses(config):
                 keys = architecture_keys(name, family.keys(config))

@@ -149,7 +149,11 @@ def token_keys(tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Begin and end ids, for config.json and generation_config.json."""
     if tokenizer is None:
         return {}
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    ends = tokenizer.stop_ids
+    ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": list(ends) if len(ends) > 1 else tokenizer.eos_id,
+    }
     return {key: value for key, value in ids.items() if value is not None}
 
 
