@@ -64,6 +64,7 @@ _REMEDIES = {
 
 # Where an accelerator shows itself to a process: TPU of the older and newer kinds, NVIDIA, AMD.
 _DEVICE_NODES = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
+_COMPILERS = ("libtpu", "jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
 class _Stderr(logging.Handler):
@@ -75,9 +76,7 @@ class _Stderr(logging.Handler):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    debug = bool(words) and words[0] == "--debug"
-    words = words[debug:]
+    debug, imports, words = _leading(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_usage(), file=sys.stdout if words else sys.stderr)
         return DONE if words else WRONG_REQUEST
@@ -86,10 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     name, rest = words[0], words[1:]
     _log_to_stderr()
-    _look_for_no_absent_tpu()
+    _look_for_no_absent_device()
     try:
         with _terminable():
-            code = _module(name).main(rest)
+            verb = _module(name)
+            _import(imports)
+            code = verb.main(rest)
             if sys.stdout is not None:  # None: it was closed before we began
                 sys.stdout.flush()
         return code
@@ -112,12 +113,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return WRONG_REQUEST if isinstance(error, UserError) else FAILED
 
 
-def _look_for_no_absent_tpu() -> None:
-    """Where libtpu is there for its compiler alone, jax would look for a TPU first, and complain that there is none."""
+def _leading(argv: Sequence[str]) -> tuple[bool, list[str], list[str]]:
+    """What stands before the verb: whether tracebacks are shown, and modules to import; then the rest."""
+    debug, imports, words = False, [], list(argv)
+    while words and words[0] in ("--debug", "--import"):
+        if words.pop(0) == "--debug":
+            debug = True
+        elif words:
+            imports.append(words.pop(0))
+    return debug, imports, words
+
+
+def _look_for_no_absent_device() -> None:
+    """Where libtpu or CUDA's plugin is there for its compiler alone, jax would look for a device first, and complain."""
     told = "JAX_PLATFORMS" in os.environ or any(name.startswith("TPU_") for name in os.environ)
     if told or any(glob.glob(node) for node in _DEVICE_NODES):
         return
-    if importlib.util.find_spec("libtpu") is not None:
+    if any(importlib.util.find_spec(name) is not None for name in _COMPILERS):
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 
@@ -132,6 +144,20 @@ def _module(name: str):
         return importlib.import_module(VERBS[name].module)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+
+
+def _import(modules: Sequence[str]) -> None:
+    """Modules of the user's, for what they register. Raises UserError when Python does not find one."""
+    if modules:
+        sys.path.append(os.getcwd())
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"--import {module}: Python finds no module {error.name}; give the name as in an import statement, of "
+                "one in this folder, installed, or on PYTHONPATH"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -193,9 +219,16 @@ def _log_to_stderr() -> None:
 
 
 def _usage() -> str:
-    lines = ["usage: maxstack [--debug] VERB …", "", "verbs (maxstack VERB --help explains each):"]
+    lines = [
+        "usage: maxstack [--debug] [--import MODULE] VERB …",
+        "",
+        "verbs (maxstack VERB --help explains each):",
+    ]
     lines += [f"  {name:10} {verb.help}" for name, verb in VERBS.items()]
-    lines += ["", "  --version  show the versions", "  --debug    show the traceback of an error as well"]
+    lines += [
+        "", "  --version        show the versions", "  --debug          show the traceback of an error as well",
+        "  --import MODULE  import a module of yours first, for the layers and families that it registers",
+    ]  # fmt: skip
     return "\n".join(lines)
 
 

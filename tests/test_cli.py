@@ -173,3 +173,13 @@ def test_a_reader_that_leaves_is_no_traceback():
     )
     assert done.stdout == "y" * 1000 + "\n"
     assert done.stderr == ""
+
+
+def test_a_module_of_the_user_s_is_imported_before_the_verb_runs(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "layers_of_mine.py").write_text("came = True\n")
+    verb(lambda argv: 0 if sys.modules["layers_of_mine"].came else 1)
+    assert cli.main(["--debug", "--import", "layers_of_mine", "try"]) == 0
+    assert cli.main(["--import", "layers_of_nobody", "try"]) == 2
+    assert "--import layers_of_nobody: Python finds no module layers_of_nobody" in capsys.readouterr().err

@@ -155,7 +155,10 @@ def _function(name: Any, place: str) -> Any:
     """The registered function of that name; none but these, or a name would lead to any code."""
     found = _REGISTERED.get(name) if isinstance(name, str) else None
     if not inspect.isfunction(found):
-        raise UserError(f"{place}: {name} is not a registered function; it needs maxstack.config.register")
+        raise UserError(
+            f"{place}: {name} is not a registered function; it needs maxstack.config.register, and its module imported "
+            "(maxstack --import MODULE …)"
+        )
     return found
 
 
@@ -169,7 +172,8 @@ def _find_class(name: Any, place: str) -> Any:
     module_name, _, class_name = name.rpartition(".")
     if not module_name.startswith(_PACKAGE) or not all(part.isidentifier() for part in name.split(".")):
         raise UserError(
-            f"{place}: {name} is not a class of maxstack; a class of yours needs maxstack.config.register"
+            f"{place}: {name} is not a class of maxstack; one of yours needs maxstack.config.register, and its module "
+            "imported (maxstack --import MODULE …)"
         )
     try:
         found = getattr(importlib.import_module(module_name), class_name, None)

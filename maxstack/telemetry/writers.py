@@ -90,9 +90,20 @@ class WandbWriter:
         kept = folder / "wandb_id"
         identity = kept.read_text().strip() if kept.exists() else None
         folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            project=project, name=folder.name, dir=str(folder), config=dict(run), id=identity, resume="allow"
-        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=folder.name,
+                dir=str(folder),
+                config=dict(run),
+                id=identity,
+                resume="allow",
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"wandb did not start: {error}. Log in (wandb login), set WANDB_MODE=offline, or turn it off with "
+                "--telemetry.no-wandb"
+            ) from error
         kept.write_text(self._run.id)
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -5,12 +5,13 @@ which all processes read at the same step. A program of its own for this would r
 the step's collectives in another order on another process, both wait for ever.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxstack import sharding
@@ -49,3 +50,12 @@ class Ballots:
     def vote(self, yes: bool) -> jax.Array:
         """This process's part of the votes of a step."""
         return self._cast[yes]
+
+
+def told_by_the_first(flags: Sequence[bool]) -> tuple[bool, ...]:
+    """The flags of the first process, in all of them. Only between steps, when nothing else is under way."""
+    if jax.process_count() > 1:
+        flags = (
+            np.asarray(multihost_utils.broadcast_one_to_all(np.array(flags, np.int32))).astype(bool).tolist()
+        )
+    return tuple(flags)

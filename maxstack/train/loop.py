@@ -22,6 +22,7 @@ def train(
         stop = stop or open_until_the_end.enter_context(StopRequest())
         with stop.at_once():
             session = open_until_the_end.enter_context(Session(run, devices, stop))
+        session.make_up()
         for batch in session.batches():
             session.advance(batch)
             if stop.requested():

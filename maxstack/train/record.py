@@ -1,7 +1,7 @@
 """Rows of metrics: what a step cost and gave, written to files and shown in the terminal."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -12,12 +12,15 @@ import jax
 from maxstack import telemetry
 from maxstack.config import to_dict
 from maxstack.models.account import Account
+from maxstack.train.agreement import told_by_the_first
 from maxstack.train.evaluate import HeldOutLoss
 from maxstack.train.run import RunConfig
 
 # Least time between two writes of goodput.json, and between two readings of memory: both cost as much as a short step.
 SAVE_GOODPUT_EVERY_S = 5.0
 READ_MEMORY_EVERY_S = 0.1
+KINDS = ("evaluation", "final", "sample")
+"""What the files of a run can have of a step beside its training."""
 
 
 class Recorder:
@@ -33,9 +36,12 @@ class Recorder:
         self._files = ExitStack()
         self._writers: list[Any] = []
         self._samples: telemetry.MetricsFile | None = None
+        self._had: set[str] = set()
         self._display = telemetry.Display(run.steps, mode="off")
         if jax.process_index() == 0:
             self._open_files(Path(run.out), start)
+        told = told_by_the_first([kind in self._had for kind in KINDS])
+        self._had = {kind for kind, had in zip(KINDS, told, strict=True) if had}
 
     def _open_files(self, out: Path, start: int) -> None:
         run = self._run
@@ -43,6 +49,7 @@ class Recorder:
         self._samples = self._files.enter_context(
             telemetry.MetricsFile(out / "samples.jsonl", resume_step=start)
         )
+        self._had = set(kinds_at(start, rows.path, self._samples.path)) if start else set()
         again = sum(row.get("step_seconds", 0.0) for row in rows.dropped)
         self.goodput.move("step", "lost", again)
         others = telemetry.open_writers(run.telemetry, out, resume_step=start or None, run=to_dict(run))
@@ -95,10 +102,15 @@ class Recorder:
             self._memory, self._memory_read_at = memory_row(), time.monotonic()
         return row | self._memory
 
-    def evaluation(self, step: int, losses: Mapping[str, HeldOutLoss]) -> None:
+    def had(self, kind: str) -> bool:
+        """Whether the files have an "evaluation", a "final" one or a "sample" of the step that the run resumes from."""
+        return kind in self._had
+
+    def evaluation(self, step: int, losses: Mapping[str, HeldOutLoss], *, final: bool = False) -> None:
         """Record held-out losses by source."""
         held_out = {name: loss._asdict() for name, loss in losses.items()}
-        self._write({"kind": "evaluation", "step": step, "held_out": held_out})
+        row: dict[str, Any] = {"kind": "evaluation", "step": step, "held_out": held_out}
+        self._write(row | {"final": True} if final else row)
         self._display.evaluation(step, held_out)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -118,6 +130,15 @@ class Recorder:
     def _write(self, row: Mapping[str, Any]) -> None:
         for writer in self._writers:
             writer.write(row)
+
+
+def kinds_at(step: int, metrics: Path, samples: Path) -> Iterator[str]:
+    """What else than training the files of a run have of a step."""
+    for row in telemetry.read_rows(metrics):
+        if row.get("step") == step and row.get("kind") == "evaluation":
+            yield "final" if row.get("final") else "evaluation"
+    if any(row.get("step") == step for row in telemetry.read_rows(samples)):
+        yield "sample"
 
 
 def memory_row() -> dict[str, int]:

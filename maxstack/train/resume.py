@@ -36,12 +36,16 @@ def check_resumable(run: RunConfig, directory: Path, step: int) -> None:
             "Give the run another --out, or the old model settings"
         )
     old, new = meta["run"]["optim"], to_dict(run)["optim"]
-    if old["name"] != new["name"] or (old["ema_decay"] > 0) != (new["ema_decay"] > 0):
+    if old["name"] != new["name"]:
         raise UserError(
-            f"{directory} step {step} holds the state of optim.name {old['name']!r} with optim.ema_decay "
-            f"{old['ema_decay']}; this run asks for {new['name']!r} with {new['ema_decay']}: give it another --out, or "
-            "the old settings"
+            f"{directory} step {step} holds the state of optim.name {old['name']!r}; this run asks for "
+            f"{new['name']!r}: give it another --out, or the old name"
         )
+
+
+def keeps_average(directory: Path, step: int) -> bool:
+    """Whether a checkpoint holds an average of the weights."""
+    return checkpoint.read_meta(directory, step)["run"]["optim"]["ema_decay"] > 0
 
 
 def tell_changes(saved: Mapping[str, Any], run: Mapping[str, Any]) -> None:

@@ -15,6 +15,9 @@ from maxstack.telemetry import TelemetryConfig
 from maxstack.train.losses import Objective, objective_of
 from maxstack.train.step import SafetyConfig
 
+AVERAGED = ".averaged"
+"""What a source's name gets where its held-out loss is that of the averaged weights."""
+
 
 def require_at_least(name: str, part: object, least: Mapping[str, int]) -> None:
     """Raise UserError for a field below its least value."""

@@ -28,8 +28,8 @@ from maxstack.train.folder import alone_in
 from maxstack.train.losses import objective_of
 from maxstack.train.memory import check_state_fits
 from maxstack.train.record import Recorder
-from maxstack.train.resume import check_resumable, tell_changes
-from maxstack.train.run import RunConfig, check_prompts, check_vocabulary
+from maxstack.train.resume import check_resumable, keeps_average, tell_changes
+from maxstack.train.run import AVERAGED, RunConfig, check_prompts, check_vocabulary
 from maxstack.train.sample import sample_texts
 from maxstack.train.state import TrainState
 from maxstack.train.step import Metrics, abstract_batch, compiled, train_step
@@ -67,6 +67,8 @@ class Session:
         self._late: tuple[int, Metrics] | None = None
         self._waited = 0.0
         self._ranked: tuple[int, dict[str, float]] = (0, {})
+        self._began: int | None = None
+        """The step of the checkpoint that this run goes on from."""
 
     def __enter__(self) -> Self:
         try:
@@ -139,14 +141,24 @@ class Session:
             )
         if good is None:
             return states.create(self.plan, self.run.model, self.run.seed), 0
-        like = self.plan.abstract(self.run.model)
+        self._began = good
         check_resumable(self.run, self.checkpoints.directory, good)
+        like = self.plan.abstract(self.run.model)
+        averaged = keeps_average(self.checkpoints.directory, good)
+        if not averaged:
+            like = like._replace(ema={})
         named, meta, _ = self.checkpoints.restore(good, states.as_named(like))
         tell_changes(meta["run"], self._described)
         for difference in self.loader.check_state(meta["data"], allow_changes=self.run.allow_changes):
             log.warning("resuming with other data: %s", difference)
         log.info("resumed from step %d of %s", good, self.checkpoints.directory)
-        return states.from_named(named, like), good
+        state = states.from_named(named, like)
+        if self.plan.averaged and not averaged:
+            log.warning("resuming: the average of the weights starts from those of step %d", good)
+            state = states.with_average(self.plan, state)
+        elif averaged and not self.plan.averaged:
+            log.warning("resuming without optim.ema_decay: the average of the weights is given up")
+        return state, good
 
     def _leave_word(self) -> None:
         """Write what makes the folder readable by itself: the resolved run and the tokenizer."""
@@ -200,13 +212,23 @@ class Session:
         """Whether something done every so many steps is due after this step; the last step has its own time."""
         return every > 0 and self.step % every == 0 and self.step < self.run.steps
 
+    def make_up(self) -> None:
+        """What was due after the step that a run resumes from, if a stop came in between."""
+        if self.step != self._began:
+            return
+        if self.due(self.run.evaluation.every) and not self.recorder.had("evaluation"):
+            self.evaluate()
+        if self.due(self.run.samples.every) and not self.recorder.had("sample"):
+            self.sample()
+
     def evaluate(self, *, final: bool = False) -> bool:
-        """Record held-out loss and bits per byte of each source that holds text out; False when a stop broke it off."""
+        """Record held-out loss and bits per byte of each source that holds text out, with the averaged weights too
+        where there are such; False when a stop broke it off."""
         wanted = self.run.evaluation
         losses = self._losses(wanted.final_max_bytes if final else wanted.max_bytes)
         if losses is None:
             return False
-        self.recorder.evaluation(self.step, losses)
+        self.recorder.evaluation(self.step, losses, final=final)
         if not final or wanted.every == 0:
             self._rank(losses)
         return True
@@ -219,15 +241,20 @@ class Session:
             for name, source in self.prepared.sources.items():
                 if not source.held_out.documents:
                     continue
-                rows = self.loader.held_out_rows(
-                    name, batch_rows=self._micro_rows, rows=self._local, max_bytes=max_bytes,
-                    overlap=self.run.evaluation.overlap,
-                )  # fmt: skip
-                params, buffers = self.state.params, self.state.buffers
-                loss = evaluate(self._evaluation, self.plan, params, buffers, rows, self._stop.requested)
-                if loss is None:
-                    return None
-                losses[name] = loss
+                weights = {name: self.state.params}
+                if self.plan.averaged:
+                    weights[name + AVERAGED] = self.state.ema
+                for label, params in weights.items():
+                    rows = self.loader.held_out_rows(
+                        name, batch_rows=self._micro_rows, rows=self._local, max_bytes=max_bytes,
+                        overlap=self.run.evaluation.overlap,
+                    )  # fmt: skip
+                    loss = evaluate(
+                        self._evaluation, self.plan, params, self.state.buffers, rows, self._stop.requested
+                    )
+                    if loss is None:
+                        return None
+                    losses[label] = loss
         self.recorder.pause()
         return losses
 
@@ -260,6 +287,8 @@ class Session:
 
     def finish(self) -> bool:
         """What is done once, after the last step; False when a stop broke it off, all but the save."""
+        if self.step == self._began and self.recorder.had("final"):
+            return True  # it is what the run before this one ended with
         wanted, whole = self.run.evaluation, True
         if wanted.every > 0 and self.run.checkpoint.keep_best:
             # On the text of the evaluations before, so that the last step is ranked with the others.
@@ -280,10 +309,9 @@ class Session:
 
 def check_ranking(run: RunConfig, prepared: PreparedData) -> None:
     """Raise UserError for a `best_metric` that no checkpoint of this run will have."""
-    names = [
-        "loss",
-        *(f"held_out.{name}" for name, part in prepared.sources.items() if part.held_out.documents),
-    ]
+    sources = [name for name, part in prepared.sources.items() if part.held_out.documents]
+    kinds = ("", AVERAGED) if run.optim.ema_decay > 0 else ("",)
+    names = ["loss", *(f"held_out.{name}{kind}" for name in sources for kind in kinds)]
     if run.checkpoint.keep_best and run.checkpoint.best_metric not in names:
         raise UserError(
             f"checkpoint.best_metric is {run.checkpoint.best_metric!r}; this run's checkpoints have {', '.join(names)}"

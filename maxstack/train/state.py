@@ -142,6 +142,13 @@ def create(plan: Layout, config: TransformerConfig, seed: int) -> TrainState:
         return jax.jit(lambda: fresh(plan, config, seed), out_shardings=plan.shardings())()
 
 
+def with_average(plan: Layout, state: TrainState) -> TrainState:
+    """The state with an average of the weights that begins at the weights as they are."""
+    with jax.set_mesh(plan.devices):
+        copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=plan.weights("optimizer"))
+        return state._replace(ema=copy(state.params))
+
+
 def as_named(state: TrainState) -> dict[str, Any]:
     """The state as a nested dict with stable names, for a checkpoint."""
     return {

@@ -194,6 +194,8 @@ def test_wandb_gets_the_numbers_and_a_resumed_run_continues_it(tmp_path, monkeyp
             logged.append("finished")
 
     class Wandb:
+        Error = OSError
+
         @staticmethod
         def init(**settings):
             started.append(settings["id"])
@@ -207,6 +209,20 @@ def test_wandb_gets_the_numbers_and_a_resumed_run_continues_it(tmp_path, monkeyp
         writer.close()
     assert started == [None, "abc"]
     assert logged == [({"train/loss": 0.5}, 1), "finished", ({"train/loss": 0.5}, 2), "finished"]
+
+
+def test_wandb_that_does_not_start_is_a_message(tmp_path, monkeypatch):
+    class Wandb:
+        class Error(Exception):
+            pass
+
+        @staticmethod
+        def init(**_):
+            raise Wandb.Error("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    with pytest.raises(UserError, match=r"no API key.*WANDB_MODE=offline"):
+        open_writers(TelemetryConfig(wandb=True), tmp_path)
 
 
 def test_importing_telemetry_imports_no_jax():

@@ -197,3 +197,47 @@ def test_a_save_is_no_part_of_the_step_after_it(tmp_path, monkeypatch):
     rows = [row for row in read_rows(Path(run.out) / "metrics.jsonl") if row["kind"] == "train"]
     assert min(row["step_seconds"] for row in rows) < 0.5
     assert all(0 <= row["data_wait_seconds"] <= row["step_seconds"] for row in rows)
+
+
+def evaluated(run: RunConfig) -> list[tuple[int, bool]]:
+    rows = read_rows(Path(run.out) / "metrics.jsonl")
+    return [(row["step"], row.get("final", False)) for row in rows if row["kind"] == "evaluation"]
+
+
+def test_what_was_due_at_the_step_of_a_stop_is_made_up_and_once(tmp_path, monkeypatch):
+    run = tiny_run(
+        tmp_path, evaluation=EvaluationConfig(every=3), samples=SampleConfig(every=3, prompts=("the",), max_tokens=2),
+    )  # fmt: skip
+    monkeypatch.setattr(StopRequest, "requested", stop_after(3))
+    run_on(run)
+    monkeypatch.undo()
+    assert evaluated(run) == []
+    for _ in range(2):  # the second finds everything done
+        run_on(run)
+        assert evaluated(run) == [(3, False), (6, False), (7, True)]
+        assert [row["step"] for row in read_rows(Path(run.out) / "samples.jsonl")] == [3, 6, 7]
+
+
+def test_an_average_of_weights_is_evaluated_begins_on_resume_and_may_be_given_up(tmp_path, caplog):
+    logging.getLogger("maxstack").propagate = True
+    run = tiny_run(tmp_path, steps=3, evaluation=EvaluationConfig(every=0))
+    run_on(run)
+    averaging = dataclasses.replace(run.optim, ema_decay=0.5)
+    best = CheckpointConfig(save_every=3, keep_best=1, best_metric="held_out.words.averaged")
+    longer = dataclasses.replace(run, steps=5, optim=averaging, checkpoint=best)
+    with caplog.at_level("WARNING", "maxstack"):
+        run_on(longer)
+    assert "the average of the weights starts from those of step 3" in caplog.text
+    three, five = (read_arrays(Path(run.out) / "checkpoints", step) for step in (3, 5))
+    name = "final_norm.scale"
+    # Two steps: half of the last weights, a quarter of those before and of those it began with.
+    assert np.abs(five["ema"][name] - five["params"][name]).max() > 0
+    moved = np.abs(five["params"][name] - three["params"][name]).max()
+    assert np.abs(five["ema"][name] - five["params"][name]).max() < moved
+    [*_, last] = [row for row in read_rows(Path(run.out) / "metrics.jsonl") if row["kind"] == "evaluation"]
+    assert last["held_out"]["words"]["nll"] != last["held_out"]["words.averaged"]["nll"]
+    caplog.clear()
+    with caplog.at_level("WARNING", "maxstack"):
+        run_on(dataclasses.replace(run, steps=6))
+    assert "the average of the weights is given up" in caplog.text
+    assert "ema" not in read_arrays(Path(run.out) / "checkpoints", 6)

@@ -27,7 +27,7 @@ def write_report(run_dir: str | Path) -> Path:
     """Write `report.html` into a run's folder and return its path. Raises UserError when the run has no steps yet.
 
     It reads metrics.jsonl, samples.jsonl, goodput.json, run.py and, where it is there, comparison.json: an array of
-    `{"name", "bits_per_byte"}`, in which this run is called "maxstack".
+    `{"name", "bits_per_byte"}`, in which this run is called "maxstack" (with a comma and what kind of its weights).
     """
     folder = Path(run_dir)
     target = folder / "report.html"
@@ -152,7 +152,7 @@ def _comparison(records: Records) -> str:
 def _comparison_row(entry: dict[str, Any], worst: int | float) -> str:
     name, bits = str(entry.get("name", "")), entry["bits_per_byte"]
     return (
-        f'<tr{" class=ours" if name == OURS else ""}><th scope="row">{html.escape(name)}</th>'
+        f'<tr{" class=ours" if name.partition(",")[0] == OURS else ""}><th scope="row">{html.escape(name)}</th>'
         f'<td class="number">{bits:.3f}</td>'
         f'<td class="bar"><span style="width:{100 * bits / worst:.1f}%"></span></td></tr>'
     )
