@@ -125,7 +125,7 @@ def _leading(argv: Sequence[str]) -> tuple[bool, list[str], list[str]]:
 
 
 def _look_for_no_absent_device() -> None:
-    """Where libtpu or CUDA's plugin is there for its compiler alone, jax would look for a device first, and complain."""
+    """Where libtpu or CUDA's plugin is there for its compiler alone, jax would look for a device, and complain."""
     told = "JAX_PLATFORMS" in os.environ or any(name.startswith("TPU_") for name in os.environ)
     if told or any(glob.glob(node) for node in _DEVICE_NODES):
         return

@@ -1,9 +1,10 @@
 """Machine code for chips that are not there: the real compilers, from the `libtpu` and `jax-cuda13-pjrt` packages."""
 
+import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,21 @@ def compiled_for(
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
     target, platform = (HOPPER, "cuda") if chip == "h200" else (Chip("tpu", chip), "tpu")
-    with compiling_for(target):
+    with compiling_for(target), without_cache():
         # A function of its own, so that no trace for another chip is found.
         traced = jax.jit(lambda *args: function(*args)).trace(*jax.tree.map(placed, arguments))
         return traced.lower(lowering_platforms=(platform,)).compile()
+
+
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+    """A program for a chip that is not there can be written to the compilation cache, but not read from it."""
+    before = jax.config.jax_enable_compilation_cache  # pyrefly: ignore [missing-attribute]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def shapes(*wanted: tuple[Sequence[int], Any]) -> list[jax.ShapeDtypeStruct]:

@@ -6,17 +6,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from maxstack.kernels import Unsupported
+from maxstack.kernels import Unsupported, dispatch
 from maxstack.kernels.dispatch import CPU, Chip, chip, chip_of, choose, compiling_for, only_on
 from tests.kernels.chips import TPUS, compiled_for, device_of, needs_cuda_compiler, needs_libtpu, shapes
 
 
-def test_auto_takes_the_first_that_can_and_says_once_why_others_did_not(caplog):
-    logging.getLogger("maxstack").propagate = True
-    with caplog.at_level("INFO", "maxstack"), compiling_for(Chip("gpu", "sm80")):
+def test_auto_takes_the_first_that_can_and_says_once_why_others_did_not(monkeypatch):
+    said = []
+    monkeypatch.setattr(dispatch.log, "log", lambda level, form, *parts: said.append((level, form % parts)))
+    with compiling_for(Chip("gpu", "sm80")):
         for _ in range(2):
             assert choose("dance", "auto", {"mosaic_gpu": "needs Hopper", "xla": None, "slow": None}) == "xla"
-    assert [record.message for record in caplog.records] == ["dance on sm80: xla (mosaic_gpu: needs Hopper)"]
+    assert said == [(logging.INFO, "dance on sm80: xla (mosaic_gpu: needs Hopper)")]
 
 
 def test_a_named_backend_never_falls_back():
@@ -51,4 +52,4 @@ def test_tpu_generations_are_told_apart_and_compiled_for(name):
 def test_hopper_is_told_and_compiled_for():
     assert chip_of(device_of("h200")) == Chip("gpu", "sm90")
     program = compiled_for("h200", lambda x: jnp.sin(x) @ x, *shapes(((128, 128), jnp.float32)))
-    assert "sin" in program.as_text()
+    assert "sin" in (program.as_text() or "")
