@@ -39,7 +39,9 @@ def cross_entropy(
     Logits are multiplied in the dtype of `x_td` and summed, normalised and kept in float32 (float64 for float64),
     `chunk` tokens at a time (default: see `xla.chunk_of`). When differentiated, the gradients are made in the
     forward pass, where the logits are at hand: three matrix products in all, not four. A label outside
-    `[0, v)` counts as a logit of 0; give such tokens weight 0. `softcap` makes logits `softcap·tanh(logits/softcap)`.
+    `[0, v)` counts as a logit of 0; give such tokens weight 0. Tokens of weight 0 are gathered behind the others, and
+    chunks of nothing else cost nothing; their statistics are 0, and so is the gradient of such a weight itself.
+    `softcap` makes logits `softcap·tanh(logits/softcap)`.
 
     On a mesh with explicit axes tokens may be cut along any leading dimension of `x_td`, and `w_dv` along `v`
     (partial sums are exchanged, a few numbers a token) and along `d` over axes that also cut the tokens (gathered).
@@ -53,7 +55,8 @@ def cross_entropy(
         loss = jnp.sum(weights_t * (nll + options.z_loss * lse**2))
     else:
         loss, nll, lse = xla.weighted_loss(options, layout, x_td, w_dv, labels_t, weights_t)
-    return loss, TokenStatistics(jax.lax.stop_gradient(nll), jax.lax.stop_gradient(lse))
+    shown = (jnp.where(weights_t != 0, jax.lax.stop_gradient(each), 0) for each in (nll, lse))
+    return loss, TokenStatistics(*shown)
 
 
 def token_log_probs(

@@ -35,7 +35,10 @@ def weighted_loss(
     weights_t: Float[Array, "*t"],
 ) -> tuple[Float[Array, ""], Float[Array, "*t"], Float[Array, "*t"]]:
     """Σ weight · (nll + z_loss · lse²), nll and lse. Only the first is differentiable."""
-    nll, lse = token_losses(options, layout, x_td, w_dv, labels_t)
+    run = partial(_losses, options, layout)
+    if layout is not None:
+        run = _on_mesh(layout, run, (layout.x, layout.w, layout.t, layout.t), (layout.t, layout.t))
+    nll, lse = run(x_td, w_dv, labels_t, weights_t)
     return jnp.sum(weights_t * _loss(options, nll, lse)), nll, lse
 
 
@@ -107,13 +110,13 @@ def _on_mesh(layout: Layout, run, in_specs, out_specs):
 # What follows sees local arrays only.
 
 
-def _losses(options, layout, x_td, w_dv, labels_t):
+def _losses(options, layout, x_td, w_dv, labels_t, weights_t=None):
     w_dv = _gathered(layout, w_dv)
 
     def body(carry, x_cd, _, labels_c):
         return carry, _statistics(layout, _logits(options, x_cd, w_dv), labels_c)
 
-    return _over_chunks(options, layout, body, (), x_td, w_dv, labels_t)[1]
+    return _over_chunks(options, layout, body, (), x_td, w_dv, labels_t, weights_t=weights_t)[1]
 
 
 def _losses_and_gradients(options, layout, with_dw, x_td, w_dv, labels_t, weights_t):
@@ -129,7 +132,9 @@ def _losses_and_gradients(options, layout, with_dw, x_td, w_dv, labels_t, weight
         return dw, (nll_c, lse_c, dx)
 
     dw = jnp.zeros(w_dv.shape, weights_t.dtype) if with_dw else None
-    dw, (nll, lse, dx) = _over_chunks(options, layout, body, dw, x_td, w_dv, labels_t, weights_t)
+    dw, (nll, lse, dx) = _over_chunks(
+        options, layout, body, dw, x_td, w_dv, labels_t, weights_t, weights_t=weights_t
+    )
     return nll, lse, *_summed(layout, dx, dw, x_td, w_dv)
 
 
@@ -146,16 +151,24 @@ def _gradients(options, layout, x_td, w_dv, labels_t, lse_t, dnll_t, dlse_t):
     return _summed(layout, dx, dw, x_td, w_dv)
 
 
-def _over_chunks(options, layout, body, carry, x_td, w_dv, *per_token):
-    """Scan `body(carry, x_cd, x_dc, *per_token) -> (carry, per-token outputs)` over chunks of the local tokens."""
+def _over_chunks(options, layout, body, carry, x_td, w_dv, *per_token, weights_t=None):
+    """Run `body(carry, x_cd, x_dc, *per_token) -> (carry, per-token outputs)` over chunks of the local tokens.
+
+    With `weights_t`, tokens of weight 0 are put behind the others, and chunks of nothing else are left out: there the
+    outputs are 0.
+    """
     lead, d = x_td.shape[:-1], x_td.shape[-1]
     tokens = per_token[0].size
     chunk = chunk_of(tokens, w_dv.shape[1], options)
     chunks = -(-tokens // chunk)
     pad = chunks * chunk - tokens
+    source = place = None
+    if chunks > 1 and weights_t is not None:
+        source, place, weighed = _weighed_first(layout, weights_t.reshape(-1))
 
     def cut(a, *rest):
         flat = a.reshape(tokens, *rest)
+        flat = flat if source is None else flat[source]
         # Padded tokens have weights and cotangents of zero, hence no gradient; their outputs are dropped.
         return jnp.pad(flat, ((0, pad), *((0, 0) for _ in rest))).reshape(chunks, chunk, *rest)
 
@@ -166,14 +179,45 @@ def _over_chunks(options, layout, body, carry, x_td, w_dv, *per_token):
     if chunks == 1:
         carry, out = body(carry, *(a[0] for a in xs))
         out = jax.tree.map(lambda a: a[None], out)
-    else:
+    elif source is None:
         carry, out = jax.lax.scan(lambda c, xs: body(c, *xs), carry, xs)
+    else:
+        carry, out = _over_first(-(-weighed // chunk), body, carry, xs)
 
     def restore(a):
         rest = a.shape[2:]
-        return a.reshape(chunks * chunk, *rest)[:tokens].reshape(*lead, *rest)
+        flat = a.reshape(chunks * chunk, *rest)
+        flat = flat[:tokens] if place is None else flat[place]
+        return flat.reshape(*lead, *rest)
 
     return carry, jax.tree.map(restore, out)
+
+
+def _weighed_first(layout: Layout | None, weights_t):
+    """(token of each place, place of each token, number of tokens with a weight), these being put first, in order.
+
+    The number is the largest of all devices where a loop's body waits for others: all have to make the same turns.
+    """
+    weighed_t = weights_t != 0
+    count = jnp.sum(weighed_t, dtype=jnp.int32)
+    place_t = jnp.where(weighed_t, jnp.cumsum(weighed_t) - 1, count + jnp.cumsum(~weighed_t) - 1)
+    source_t = jnp.zeros_like(place_t).at[place_t].set(jnp.arange(place_t.size), unique_indices=True)
+    if layout is not None and layout.vocab:
+        count = jax.lax.pmax(count, layout.mesh.axis_names)
+    return source_t, place_t, count
+
+
+def _over_first(count, body, carry, xs):
+    """`jax.lax.scan` over the first `count` of `xs` alone; the other outputs are 0. Not to be differentiated."""
+    shapes = jax.eval_shape(lambda carry, xs: body(carry, *(x[0] for x in xs))[1], carry, xs)
+    outputs = jax.tree.map(lambda shape: jnp.zeros((xs[0].shape[0], *shape.shape), shape.dtype), shapes)
+
+    def turn(i, state):
+        carry, outputs = state
+        carry, out = body(carry, *(jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in xs))
+        return carry, jax.tree.map(lambda all_, one: all_.at[i].set(one), outputs, out)
+
+    return jax.lax.fori_loop(0, count, turn, (carry, outputs))
 
 
 def _logits(options: Options, x_cd, w_dv):

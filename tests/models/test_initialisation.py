@@ -18,9 +18,11 @@ MODEL = llama(
     tie_embeddings=False,
 )  # fmt: skip
 
+build = jax.jit(MODEL.build)
+
 
 def test_weights_have_the_stated_deviation():
-    leaves = tree.leaves(MODEL.build(jax.random.key(0)))
+    leaves = tree.leaves(build(jax.random.key(0)))
     residual = (2 * DEPTH) ** -0.5
     layer = "stacks.0.layers.0"
     wanted = {
@@ -43,11 +45,11 @@ def test_weights_have_the_stated_deviation():
 
 
 def test_layers_and_seeds_differ():
-    w = MODEL.build(jax.random.key(0)).stacks[0].layers[0].attention.q.w[...]
-    other = MODEL.build(jax.random.key(1)).stacks[0].layers[0].attention.q.w[...]
+    w = build(jax.random.key(0)).stacks[0].layers[0].attention.q.w[...]
+    other = build(jax.random.key(1)).stacks[0].layers[0].attention.q.w[...]
     assert not np.array_equal(w[0], w[1])
     assert not np.array_equal(w, other)
-    assert np.array_equal(w, MODEL.build(jax.random.key(0)).stacks[0].layers[0].attention.q.w[...])
+    assert np.array_equal(w, build(jax.random.key(0)).stacks[0].layers[0].attention.q.w[...])
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,8 @@ def test_layers_and_seeds_differ():
     ],
 )
 def test_all_that_writes_into_the_residual_stream_is_scaled_with_depth(config, name, fan_in):
-    values = np.asarray(tree.leaves(config.build(jax.random.key(0), 128, 0.25))[name])
+    made = jax.jit(lambda key: config.build(key, 128, 0.25))(jax.random.key(0))
+    values = np.asarray(tree.leaves(made)[name])
     assert (
         abs(values.std() / (0.25 * fan_in**-0.5) - 1) < 0.02
     )  # 12288 samples and more: 0.6 % is one deviation
@@ -70,7 +73,7 @@ def test_variance_of_the_residual_stream_does_not_grow_with_depth():
     variances = []
     for depth in (2, 32):
         stack = dataclasses.replace(MODEL.stacks[0], repeats=depth)
-        model = dataclasses.replace(MODEL, width=64, stacks=(stack,)).build(jax.random.key(3))
+        model = jax.jit(dataclasses.replace(MODEL, width=64, stacks=(stack,)).build)(jax.random.key(3))
         _, reports = jax.jit(lambda m: m.hidden(ids, collect=("residual",)), compiler_options=QUICK)(model)
         variances.append(float(jnp.var(reports["0.0"]["tap.residual"][-1])))
     # Each of the 2 L parts adds its own variance / (2 L): 0.35 and 0.48 were measured, the difference being that deeper
@@ -81,7 +84,7 @@ def test_variance_of_the_residual_stream_does_not_grow_with_depth():
 
 def test_untrained_logits_are_near_zero():
     # So that the first loss is ln(vocabulary): 0.02 * sqrt(256) = 0.3 is the deviation of a logit.
-    model = MODEL.build(jax.random.key(0))
+    model = build(jax.random.key(0))
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 512, (2, 32)), jnp.int32)
     logits = jax.jit(lambda m, ids: m(ids))(model, ids)
     assert 0.25 < float(jnp.std(logits)) < 0.4

@@ -13,7 +13,7 @@ from maxstack.models.regroup import regroup
 
 def model():
     config = llama(vocab_size=32, width=16, depth=6, heads=2, kv_heads=1, feed_forward=24, dtype="float32")
-    return config.build(jax.random.key(0))
+    return jax.jit(config.build)(jax.random.key(0))
 
 
 @pytest.mark.parametrize("period", [1, 2, 3, 6])

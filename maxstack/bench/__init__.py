@@ -1,0 +1,1 @@
+"""Kernels timed side by side on the machine at hand."""
