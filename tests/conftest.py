@@ -32,6 +32,9 @@ def _prepare_environment() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    # Most of the run is compilation of programs that compute for microseconds: LLVM's optimizations are left out, but
+    # where a test says otherwise (`optimized`).
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -47,6 +50,17 @@ def _room_for_programs():
     if "jax" in sys.modules and mappings() > 30_000:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def optimized():
+    """For tests of what the compiler makes of a program, or of how large models compute."""
+    import jax
+
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def mappings() -> int:

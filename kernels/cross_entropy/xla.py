@@ -162,7 +162,7 @@ def _over_chunks(options, layout, body, carry, x_td, w_dv, *per_token, weights_t
     chunk = chunk_of(tokens, w_dv.shape[1], options)
     chunks = -(-tokens // chunk)
     pad = chunks * chunk - tokens
-    source = place = None
+    source = place = weighed = None
     if chunks > 1 and weights_t is not None:
         source, place, weighed = _weighed_first(layout, weights_t.reshape(-1))
 
@@ -179,7 +179,7 @@ def _over_chunks(options, layout, body, carry, x_td, w_dv, *per_token, weights_t
     if chunks == 1:
         carry, out = body(carry, *(a[0] for a in xs))
         out = jax.tree.map(lambda a: a[None], out)
-    elif source is None:
+    elif weighed is None:
         carry, out = jax.lax.scan(lambda c, xs: body(c, *xs), carry, xs)
     else:
         carry, out = _over_first(-(-weighed // chunk), body, carry, xs)

@@ -105,11 +105,15 @@ def table(results: Sequence[Result], memory: float, products: float) -> str:
     for result in results:
         ours, *others = result.case.contenders
         if ours not in result.seconds:
-            lines.append(f"| {result.case.kernel} | {result.case.shape} | not measured: {result.declined[ours]} | | |")
+            lines.append(
+                f"| {result.case.kernel} | {result.case.shape} | not measured: {result.declined[ours]} | | |"
+            )
             continue
         seconds = result.seconds[ours]
         ratios = [
-            f"{name} {result.seconds[name] / seconds:.2f}" if name in result.seconds else f"{name}: not measured"
+            f"{name} {result.seconds[name] / seconds:.2f}"
+            if name in result.seconds
+            else f"{name}: not measured"
             for name in others
         ]
         lines.append(

@@ -56,21 +56,24 @@ def compiled_for(
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
     target, platform = (HOPPER, "cuda") if chip == "h200" else (Chip("tpu", chip), "tpu")
-    with compiling_for(target), without_cache():
+    with compiling_for(target), as_users_compile():
         # A function of its own, so that no trace for another chip is found.
         traced = jax.jit(lambda *args: function(*args)).trace(*jax.tree.map(placed, arguments))
         return traced.lower(lowering_platforms=(platform,)).compile()
 
 
 @contextlib.contextmanager
-def without_cache() -> Iterator[None]:
-    """A program for a chip that is not there can be written to the compilation cache, but not read from it."""
-    before = jax.config.jax_enable_compilation_cache  # pyrefly: ignore [missing-attribute]
-    jax.config.update("jax_enable_compilation_cache", False)
+def as_users_compile() -> Iterator[None]:
+    """All optimizations, and no cache: a program for an absent chip can be written there, but not read again."""
+    settings = {"jax_enable_compilation_cache": False, "jax_disable_most_optimizations": False}
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def shapes(*wanted: tuple[Sequence[int], Any]) -> list[jax.ShapeDtypeStruct]:

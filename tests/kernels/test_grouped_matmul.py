@@ -218,6 +218,7 @@ def test_inside_shard_map_each_device_serves_its_rows_and_the_gradient_of_w_is_s
     np.testing.assert_allclose(jax.device_get(dw), sum(one[2] for one in wanted), **CLOSE)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_no_array_of_all_rows_for_all_groups_is_made_on_the_cpu():
     t, d, e = 1024, 64, 32
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((t, d), (e, d, d), (t, d))]

@@ -97,6 +97,7 @@ def test_matrices_dealt_over_a_mesh_come_out_the_same(axes, sizes):
     np.testing.assert_allclose(got, whole, rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_no_device_computes_all_matrices_of_a_stack():
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
     dims = matrix_dims(("layers", "embed", "mlp"))

@@ -15,6 +15,7 @@ AXES = {"up": ("layers", "embed", "mlp"), "out": ("layers", "heads", "head_dim",
 SHAPES = {"up": (32, 512, 2048), "out": (32, 4, 128, 512)}
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.tpu_aot
 def test_on_a_tpu_the_matrices_move_by_all_to_all():
     pytest.importorskip("libtpu")

@@ -212,6 +212,7 @@ def test_bfloat16_weights_are_kept_in_bfloat16_and_give_the_same_tokens():
         np.testing.assert_allclose(given.logprobs[0].logprob, wanted[given.token_ids[0]], atol=0.1)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("rows", [1, 8])
 def test_no_step_copies_a_cache_or_a_weight(rows):
     writer = Generator(build(CONFIGS["grouped"]), on="cpu")
