@@ -13,7 +13,8 @@ from maxstack.data.tokenizer import train_bpe
 from maxstack.models import tree
 from maxstack.models.families import FAMILIES, read_config
 from maxstack.models.presets import llama
-from maxstack.models.pretrained.gguf import FACTORS, described
+from maxstack.models.pretrained.architectures import FACTORS
+from maxstack.models.pretrained.gguf import described
 from maxstack.models.rope import RopeConfig
 from tests.models.families.test_parity import NAMES, golden
 
@@ -87,7 +88,7 @@ METADATA = {
 
 
 def test_floats_are_those_that_were_meant():
-    _, config = described(METADATA, (), None, "a file")
+    config = described(METADATA, (), {}, "a file").config
     assert config.final_norm.eps == 1e-5
 
 
@@ -106,12 +107,12 @@ def test_floats_are_those_that_were_meant():
 )
 def test_what_is_not_understood_is_refused_by_name(changes, told):
     with pytest.raises(UserError, match=told):
-        described(METADATA | changes, (), None, "a file")
+        described(METADATA | changes, (), {}, "a file")
 
 
 def test_other_factors_than_llama_3_s_are_refused():
     with pytest.raises(UserError, match=FACTORS):
-        described(METADATA, (), np.linspace(1, 8, 8, dtype=np.float32), "a file")
+        described(METADATA, (), {FACTORS: np.linspace(1, 8, 8, dtype=np.float32)}, "a file")
 
 
 def test_a_model_without_tokenizer_or_of_another_family_is_refused(tmp_path):
