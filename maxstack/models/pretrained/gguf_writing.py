@@ -150,9 +150,9 @@ def rounded(value: Any) -> Any:
 
 
 def general(name: str, kind: str) -> dict[str, Any]:
-    """Keys of every file."""
+    """Keys of every file. llama.cpp goes by the model's name where it cuts texts, so this one says nothing."""
     return {
-        "general.architecture": name, "general.type": "model", "general.name": f"maxstack {name}",
+        "general.architecture": name, "general.type": "model", "general.name": "maxstack model",
         "general.file_type": FILE_TYPES[kind], "general.quantization_version": 2,
     }  # fmt: skip
 

@@ -82,7 +82,7 @@ def qwen3_moe_keys(keys: Mapping[str, Any], config: TransformerConfig) -> dict[s
 
 
 def gpt_oss(keys: Keys, facts: Facts) -> dict[str, Any]:
-    """What YaRN scales begins and ends at fractions of a dimension, as published; llama.cpp rounds that."""
+    """YaRN's ramp begins and ends at fractions of a dimension, as the published models' does; llama.cpp rounds that."""
     count, found = counts(keys), read_usual(keys)
     scaling = found.get("rope_scaling")
     if not facts.has("attn_output.bias"):
@@ -98,6 +98,8 @@ def gpt_oss(keys: Keys, facts: Facts) -> dict[str, Any]:
 
 
 def gpt_oss_keys(keys: Mapping[str, Any], config: TransformerConfig) -> dict[str, Any]:
+    """Without YaRN, which llama.cpp would not compute as the published models do."""
+    keys = {**keys, "rope_scaling": None} if keys["rope_scaling"].get("truncate") is False else keys
     own = {SIZE: first_experts(config).size, WINDOW: keys["sliding_window"]}
     return usual_keys(keys) | count_keys(config) | layer_type_keys(keys["layer_types"], 2) | own
 
