@@ -15,7 +15,7 @@ from maxstack.config import RunError, UserError
 from maxstack.data.tokenizer import Tokenizer, gguf_tokenizer
 from maxstack.models import tree
 from maxstack.models.attention import AttentionConfig
-from maxstack.models.families import Family, families
+from maxstack.models.families import Family, families, family_of
 from maxstack.models.families.family import untrained
 from maxstack.models.families.weights import Entry
 from maxstack.models.files import Export, TensorInfo, write_gguf
@@ -101,19 +101,24 @@ class Held(NamedTuple):
 def held_by(config: TransformerConfig, prefer: str | None) -> Held:
     """The GGUF architecture that can hold a model. Raises UserError when none can."""
     for row in ARCHITECTURES:
-        for family in families():
-            asked = prefer in (None, row.name, family.name, *family.model_types)
-            if asked and set(row.model_types) & set(family.model_types) and family.expresses(config):
-                found = row.keys(family.keys(config), config)
-                keys = {f"{row.name}.{key}": value for key, value in found.items()}
-                held = Held(row, as_stored(family, row), keys, factors(row, config))
-                if holds(config, held):
-                    return held
+        family = family_of({"model_type": row.model_types[0]}, row.name)
+        if (prefer is None or prefer in also_called(row)) and family.expresses(config):
+            found = row.keys(family.keys(config), config)
+            keys = {f"{row.name}.{key}": value for key, value in found.items()}
+            held = Held(row, as_stored(family, row), keys, factors(row, config))
+            if holds(config, held):
+                return held
     known = dict.fromkeys(row.name for row in ARCHITECTURES)
     raise UserError(
         f"no GGUF architecture that is written here holds this model{f' as {prefer}' if prefer else ''}; "
         f"these are: {', '.join(known)}. Write a model folder and convert it with llama.cpp's own script"
     )
+
+
+def also_called(row: Architecture) -> set[str]:
+    """The architecture's name, and those of the families whose models it holds."""
+    held = [family for family in families() if set(family.model_types) & set(row.model_types)]
+    return {row.name, *(name for family in held for name in (family.name, *family.model_types))}
 
 
 def factors(row: Architecture, config: TransformerConfig) -> dict[str, np.ndarray]:

@@ -39,8 +39,8 @@ REFUSED = {
         "qwen3moe-window", "smollm3-yarn",
     },
     "biases that it does not add": {
-        "gemma-bias", "gemma2-odd", "gemma3-bias", "qwen3-bias", "qwen3moe-dense-layers", "olmo2-bias", "smollm3-window",
-        "deepseek2-bias", "deepseek3-yarn",
+        "gemma-bias", "gemma2-odd", "gemma3-bias", "qwen3-bias", "qwen3moe-dense-layers", "olmo2-bias",
+        "smollm3-window", "deepseek2-bias", "deepseek3-yarn",
     },
     "a factor on attention's logits that it does not take": {"gemma2-plain", "gemma3-plain", "gemma3-linear"},
     "heads that together are not as wide as the model": {"qwen2-plain", "olmo2-plain", "olmo2-yarn", "phi3-head-size"},
@@ -73,7 +73,7 @@ def test_a_model_comes_back_as_it_was(name, tmp_path):
 def test_a_golden_model_is_held_or_refused(name):
     family, config = config_of(name)
     if not any(name in names for names in REFUSED.values()):
-        assert held_by(config, family.name).family.name == family.name
+        assert set(held_by(config, family.name).row.model_types) & set(family.model_types)
         return
     with pytest.raises(UserError, match="no GGUF architecture that is written here holds this model"):
         held_by(config, family.name)
@@ -130,7 +130,8 @@ def test_floats_are_those_that_were_meant():
     [
         ({"general.architecture": "wonder"}, "'wonder' is not supported; these are: llama"),
         ({"llama.attention.sliding_window": 64}, "unknown llama.attention.sliding_window"),
-        ({"llama.expert_count": 8}, "unknown llama.expert_count"),
+        ({"llama.expert_count": 8}, "llama.expert_used_count is missing"),
+        ({"llama.expert_shared_count": 8}, "unknown llama.expert_shared_count"),
         ({"llama.rope.scaling.attn_factor": 2.0}, "unknown llama.rope.scaling.attn_factor"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8"),
         ({"llama.rope.scaling.type": "longrope"}, "llama.rope.scaling.type is 'longrope'"),

@@ -103,6 +103,9 @@ LONGROPE = {
 V2 = {
     "rms_norm_eps": 1e-6, "num_hidden_layers": 27, "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
 }  # fmt: skip
+V3 = {
+    "rms_norm_eps": 1e-6, "attention_bias": False, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+}  # fmt: skip
 DEFAULT_ROPE = {"rope_theta": 100.0, "rope_type": "default"}
 CASES = (
     Case("llama-plain", "llama", "llama"),
@@ -117,7 +120,7 @@ CASES = (
     Case("gemma2-plain", "gemma2", "gemma2", {"query_pre_attn_scalar": 10}, bound=GELU),
     Case(
         "gemma2-plain", "gemma2", "gemma2", {"query_pre_attn_scalar": 5, "num_hidden_layers": 46, "layer_types": None},
-        random=True, bound=GELU,
+        random=True, bound=3 * GELU,  # of 46 layers
     ),
     Case("gemma3-plain", "gemma3", "gemma3", {"query_pre_attn_scalar": 10}, bound=GELU),
     Case("gemma3-linear", "gemma3", "gemma3", {"query_pre_attn_scalar": 10}, bound=GELU),
@@ -149,10 +152,7 @@ CASES = (
     # Queries without a latent are for models of 26 or 27 layers.
     Case("deepseek2-plain", "deepseek_v2", "deepseek2", V2, random=True),
     Case("deepseek3-plain", "deepseek_v3", "deepseek2"),
-    Case(
-        "deepseek3-yarn", "deepseek_v3", "deepseek2", {"rms_norm_eps": 1e-6, "attention_bias": False, "n_group": 1},
-        random=True,
-    ),
+    Case("deepseek3-yarn", "deepseek_v3", "deepseek2", V3, random=True),
 )  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def test_llama_cpp_computes_each_architecture_alike(case, tmp_path):
     difference = np.abs(theirs - ours).max() / np.abs(ours).max()
     print(f"{case.golden} as {case.architecture}: {difference:.2g}")
     assert difference < case.bound
-    assert np.mean(theirs.argmax(-1) == ours.argmax(-1)) > (0.98 if case.bound == GELU else 0.999)
+    assert np.mean(theirs.argmax(-1) == ours.argmax(-1)) > (0.98 if case.bound >= GELU else 0.999)
 
 
 # Rows that are multiples of a block of 32.

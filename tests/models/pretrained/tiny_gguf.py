@@ -42,15 +42,19 @@ def golden_model(name: str, changes: Mapping[str, Any] = {}) -> tuple[Transforme
 
 
 def random_model(name: str, changes: Mapping[str, Any] = {}) -> tuple[Transformer, np.ndarray]:
-    """Of a golden model's config, no leaf of which is at its initial value, and the golden model's tokens [b, t]."""
-    _, config = config_of(name, changes)
+    """Of a golden model's config, no leaf of which is at its initial value, and the golden model's tokens [b, t].
+
+    Leaves that the family's files have no tensor for stay at their initial value.
+    """
+    family, config = config_of(name, changes)
     config = dataclasses.replace(config, vocab_size=VOCAB)
     rng, leaves = np.random.default_rng(0), tree.leaves(config.build(jax.random.key(0)))
     moved = {
         leaf: array + 0.2 * rng.standard_normal(array.shape).astype(np.float32) * (np.std(array) or 1.0)
         for leaf, array in leaves.items()
+        if not leaf.endswith(family.absent)
     }
-    return rebuilt(config, moved), golden(name)["tokens"]
+    return rebuilt(config, leaves | moved), golden(name)["tokens"]
 
 
 def rebuilt(config: TransformerConfig, leaves: Mapping[str, Any]) -> Transformer:
