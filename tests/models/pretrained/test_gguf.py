@@ -8,9 +8,11 @@ import maxstack
 from maxstack.config import UserError
 from maxstack.models import tree
 from maxstack.models.families import FAMILIES
+from maxstack.models.families.family import first_blocks
+from maxstack.models.files import GGUF, Export, TensorInfo, write_gguf
 from maxstack.models.presets import llama
 from maxstack.models.pretrained.architectures import FACTORS
-from maxstack.models.pretrained.gguf import described
+from maxstack.models.pretrained.gguf import Stored, described
 from maxstack.models.pretrained.gguf_writing import held_by, rounded
 from maxstack.models.rope import RopeConfig
 from tests.models.families.test_parity import NAMES
@@ -156,3 +158,132 @@ def test_a_model_without_tokenizer_or_of_another_family_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds this model as Gemma"):
         maxstack.save(model, TOKENIZER, tmp_path / "model.gguf", format="gguf", family="Gemma")
     assert "Gemma" in {family.name for family in FAMILIES}
+
+
+def of(name: str, **keys) -> dict:
+    """Metadata of an architecture as llama.cpp's conversion writes it; `__` stands for a dot."""
+    base = {
+        "embedding_length": 32, "block_count": 4, "attention.head_count": 4, "attention.head_count_kv": 2,
+        "feed_forward_length": 64, "context_length": 128, "attention.layer_norm_rms_epsilon": 1e-6,
+    }  # fmt: skip
+    own = base | {key.replace("__", "."): value for key, value in keys.items()}
+    tokens = {"tokenizer.ggml.tokens": ["a"] * VOCAB}
+    return {"general.architecture": name} | tokens | {f"{name}.{key}": value for key, value in own.items()}
+
+
+def attention_of(metadata: dict, names: tuple = (), factors: dict | None = None) -> list:
+    config = described(metadata, names, factors or {}, "a file").config
+    return [block.attention for block in first_blocks(config)]
+
+
+def test_gemma_2_is_read_as_its_conversion_writes_it():
+    metadata = of(
+        "gemma2", attention__key_length=8, attention__value_length=8, attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0, attention__sliding_window=16,
+    )  # fmt: skip
+    attention = attention_of(metadata)
+    assert [a.window for a in attention] == [16, None, 16, None]
+    assert {(a.softcap, a.scale) for a in attention} == {(50.0, None)}
+
+
+def test_gemma_3_s_layers_have_two_kinds_of_rotation():
+    metadata = of(
+        "gemma3", block_count=8, attention__key_length=16, attention__value_length=16, rope__freq_base=1e6,
+        attention__sliding_window=16, rope__scaling__type="linear", rope__scaling__factor=8.0,
+    )  # fmt: skip
+    attention = attention_of(metadata)
+    assert [a.window for a in attention] == [16] * 5 + [None] + [16] * 2
+    assert (attention[0].rope.theta, attention[0].rope.scaling) == (10_000.0, "none")
+    assert (attention[5].rope.theta, attention[5].rope.factor) == (1e6, 8.0)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_gemmas_scale_attention_by_width_over_heads(name, layers):
+    metadata = of(name, block_count=layers, attention__key_length=16, attention__value_length=16)
+    assert {a.scale for a in attention_of(metadata)} == {8**-0.5}
+
+
+def test_phi_3_s_factors_make_longrope_without_a_type():
+    metadata = of(
+        "phi3", context_length=131_072, rope__dimension_count=6, rope__scaling__original_context_length=4096,
+        rope__scaling__attn_factor=float(np.float32(1.1902381)), attention__sliding_window=262_144,
+    )  # fmt: skip
+    factors = {
+        "rope_factors_short.weight": np.float32([1, 1.08, 1.2]),
+        "rope_factors_long.weight": np.float32([1, 2, 3]),
+    }
+    rope = attention_of(metadata, (), factors)[0].rope
+    assert (rope.scaling, rope.fraction, rope.factor, rope.original_length) == ("longrope", 0.75, 32.0, 4096)
+    assert (rope.short_factors, rope.attention_factor) == ((1.0, 1.08, 1.2), None)
+
+
+def test_gpt_oss_is_read_as_published():
+    metadata = of(
+        "gpt-oss", rope__freq_base=150_000.0, rope__scaling__type="yarn", rope__scaling__factor=32.0,
+        rope__scaling__original_context_length=4096, rope__scaling__yarn_beta_fast=32.0,
+        rope__scaling__yarn_beta_slow=1.0, expert_count=8, expert_used_count=2, attention__sliding_window=16,
+        expert_feed_forward_length=32,
+    )  # fmt: skip
+    attention = attention_of(metadata, ("output.weight", "blk.0.attn_output.bias"))
+    assert [a.window for a in attention] == [16, None] * 2
+    assert (attention[0].rope.scaling, attention[0].rope.truncate) == ("yarn", False)
+
+
+DEEPSEEK = {
+    "attention__head_count_kv": 1, "attention__kv_lora_rank": 16, "attention__q_lora_rank": 12,
+    "rope__dimension_count": 8, "attention__key_length": 24, "attention__value_length": 16,
+    "attention__key_length_mla": 14, "attention__value_length_mla": 7, "leading_dense_block_count": 1,
+    "expert_count": 8, "expert_used_count": 2, "expert_shared_count": 1, "expert_feed_forward_length": 32,
+    "rope__scaling__type": "yarn", "rope__scaling__factor": 40.0, "rope__scaling__original_context_length": 4096,
+    "rope__scaling__yarn_log_multiplier": float(np.float32(0.0707)),
+}  # fmt: skip
+
+
+def test_deepseek_s_scaling_is_a_tenth_of_a_key():
+    attention = attention_of(of("deepseek2", **DEEPSEEK))[0]
+    assert attention.scale == 14**-0.5 * (0.1 * 0.707 * np.log(40.0) + 1.0) ** 2
+    assert attention.rope.gain() == 1.0
+
+
+def test_older_files_of_deepseek_have_one_map_to_keys_and_values():
+    keys = {key: value for key, value in DEEPSEEK.items() if not key.endswith("_mla")}
+    keys |= {"attention__head_count_kv": 4, "attention__key_length": 14, "attention__value_length": 7}
+    _, family, config = described(of("deepseek2", **keys), (), {}, "a file")
+    assert first_blocks(config)[0].attention.v_size == 7
+    names = {entry.source for entry in family.entries(config)}
+    assert "blk.0.attn_kv_b.weight" in names
+    assert "blk.0.attn_k_b.weight" not in names
+
+
+def test_a_vector_may_be_kept_as_a_matrix_of_one_row(tmp_path):
+    name, array = "blk.0.ffn_gate_inp_shexp.weight", np.arange(8, dtype=np.float32)[None]
+    write_gguf(tmp_path / "a.gguf", {}, [Export(name, TensorInfo((1, 8), "float32"), "F32", lambda: array)])
+    with GGUF(tmp_path / "a.gguf") as file:
+        stored = Stored(file, {name: (8,)}, None)
+        assert stored.info(name).shape == (8,)
+        np.testing.assert_array_equal(stored.read(name, 2, 5), array[0, 2:5])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "told"),
+    [
+        (of("granite", logit_scale=8.0, rope__scaling__finetuned=False), "finetuned is False"),
+        (of("granite", logit_scale=0.0), "logit_scale is 0"),
+        (of("gemma2", rope__freq_base_swa=5.0), "freq_base_swa is 5.0"),
+        (of("gemma3", attention__sliding_window=8, attention__sliding_window_pattern=[True]), "4 of true or false"),
+        (of("gemma", rope__scaling__type="longrope"), "type is 'longrope'"),
+        (of("phi3", rope__scaling__attn_factor=1.2), "unknown phi3.rope.scaling.attn_factor"),
+        (of("phi3", rope__dimension_count=16), "dimension_count is 16 of heads of 8"),
+        (of("glm4", rope__dimension_sections=[8, 12, 12, 0]), "unknown glm4.rope.dimension_sections"),
+        (of("qwen2", attention__key_length=16), "key_length is 16"),
+        (of("qwen3", rope__scaling__type="yarn", rope__scaling__factor=4.0, rope__scaling__yarn_beta_fast=8.0),
+         "yarn_beta_fast is 8.0"),
+        (of("qwen3moe", expert_count=8, expert_used_count=2, expert_weights_scale=2.0), "unknown qwen3moe.expert"),
+        (of("deepseek2", **DEEPSEEK, expert_group_count=4), "expert_group_count is 4"),
+        (of("deepseek2", **DEEPSEEK | {"attention__layer_norm_rms_epsilon": 1e-5}), "not 1e-06"),
+        (of("internlm2"), "output.weight is missing"),
+    ],
+)  # fmt: skip
+def test_what_an_architecture_does_not_have_is_refused_by_name(metadata, told):
+    with pytest.raises(UserError, match=told):
+        described(metadata, (), {}, "a file")

@@ -28,8 +28,9 @@ class Facts(NamedTuple):
 class Architecture:
     """How llama.cpp keeps the models of a family.
 
-    A row reads what llama.cpp would compute from the file. Whatever a model has that llama.cpp would not compute has no
-    place there: the row's table lacks the leaf, or the keys that are written do not give the model's config back.
+    A row reads what llama.cpp would compute from the file; docs/models.md lists where the published models differ from
+    that. Whatever a model has that llama.cpp would not compute has no place there: the row's table lacks the leaf, or
+    the keys that are written do not give the model's config back.
     """
 
     name: str
