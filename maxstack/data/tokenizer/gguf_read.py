@@ -30,6 +30,9 @@ ENDS = (
     "<|end_of_text|>",
 )
 
+UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
+"""Special tokens of Phi-3 behind which white space is kept, as it is not behind its others."""
+
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that a GGUF file carries.
@@ -46,9 +49,23 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     pieces = _pieces(metadata)
     settings = _settings(metadata, pieces)
     definition, settings = builders[kind](metadata, pieces, settings)
+    if strips(metadata.get("general.name")):
+        definition = _stripping(definition)
     return tokenizer_from_json(
         definition, settings, _stops(metadata, pieces), where="the GGUF file's tokenizer"
     )
+
+
+def strips(name: Any) -> bool:
+    """Whether llama.cpp drops the white space behind a model's special tokens: it goes by the model's name."""
+    return isinstance(name, str) and any(part in name.lower() for part in ("phi-3", "phi3"))
+
+
+def _stripping(definition: str) -> str:
+    parsed = json.loads(definition)
+    for entry in parsed["added_tokens"]:
+        entry["rstrip"] = entry["content"] not in UNSTRIPPED
+    return json.dumps(parsed, ensure_ascii=False)
 
 
 def _array(

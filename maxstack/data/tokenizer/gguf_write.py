@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from maxstack.config import UserError
-from maxstack.data.tokenizer.gguf_read import PREFIX, SPECIALS, STOPS, TEMPLATE
+from maxstack.data.tokenizer.gguf_read import PREFIX, SPECIALS, STOPS, TEMPLATE, UNSTRIPPED
 from maxstack.data.tokenizer.pieces import BYTE, decoder_steps
 from maxstack.data.tokenizer.sentencepiece_file import Kind, Piece
 from maxstack.data.tokenizer.sentencepiece_rules import SPACE, merges
@@ -19,6 +19,8 @@ _NEVER = -1000.0  # llama.cpp's score for a token that text never becomes
 def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int | None = None) -> dict[str, Any]:
     """Keys "tokenizer.…" for llama.cpp, whose embedding has a row a token: give `vocab_size` where it has more.
 
+    With "general.name" where llama.cpp goes by that.
+
     Raises UserError for a tokenizer that llama.cpp could not do alike.
     """
     parsed = json.loads(tokenizer.definition)
@@ -31,7 +33,17 @@ def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int | None = None) -> dict[
         found = _sentencepiece(tokenizer, parsed, vocab_size)
     else:
         found = _byte_level(tokenizer, parsed, vocab_size)
-    return {PREFIX + key: value for key, value in found.items()} | _templates(tokenizer)
+    named = {"general.name": "phi3"} if _strips_spaces(tokenizer) else {}
+    return {PREFIX + key: value for key, value in found.items()} | _templates(tokenizer) | named
+
+
+def _strips_spaces(tokenizer: Tokenizer) -> bool:
+    """Whether white space behind its special tokens is dropped as llama.cpp does it for models that are called phi3."""
+    added = tokenizer.inner.get_added_tokens_decoder().values()
+    flags = {token.content: token.rstrip for token in added}
+    return {"</s>", *UNSTRIPPED} <= flags.keys() and all(
+        flag == (text not in UNSTRIPPED) for text, flag in flags.items()
+    )
 
 
 def _is_sentencepiece(parsed: Mapping[str, Any]) -> bool:

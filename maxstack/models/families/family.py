@@ -67,7 +67,7 @@ class Family:
         """Whether this family's config.json can say this config: writing and reading it gives it back."""
         try:
             again = self.read(Keys(self.keys(config), self.name))
-        except (UserError, AttributeError, TypeError, ValueError):
+        except (UserError, AttributeError, KeyError, TypeError, ValueError):
             return False
         # What the model computes is compared, not how it is run or trained.
         return untrained(again) == dataclasses.replace(

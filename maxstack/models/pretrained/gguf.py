@@ -1,13 +1,13 @@
-"""GGUF files, llama.cpp's format: their metadata as a config.json's keys, their tensors' names as a table.
+"""GGUF files, llama.cpp's format: their metadata as a config.json's keys, their tensors by a table of names.
 
-A row for each architecture that llama.cpp names; the family of the same models then reads the keys.
+`architectures/` has a row for each architecture; the family of the same models then reads the keys.
 """
 
 import dataclasses
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from jax.sharding import Mesh
@@ -16,138 +16,114 @@ from maxstack.config import UserError
 from maxstack.models.families import read_config
 from maxstack.models.families.family import Family
 from maxstack.models.families.keys import Keys
-from maxstack.models.families.weights import Special, Table, interleaved
 from maxstack.models.files.gguf import GGUF
+from maxstack.models.files.source import TensorInfo
+from maxstack.models.pretrained.architectures import ARCHITECTURES, TENSORS, Architecture, Facts
+from maxstack.models.pretrained.architectures.rotary import plain
 from maxstack.models.pretrained.folder import Dtype, load_tensors
-from maxstack.models.rope import RopeConfig, llama3_frequencies, plain_frequencies
 from maxstack.models.transformer import Transformer, TransformerConfig
 
-BLOCK = "blk.{layer}."
-NAMES: Table = {
-    "embedding.table": "token_embd.weight",
-    "final_norm.scale": "output_norm.weight",
-    "head": "output.weight",
-    "attention_norm.scale": BLOCK + "attn_norm.weight",
-    "feed_forward_norm.scale": BLOCK + "ffn_norm.weight",
-    **{f"attention.{p}.w": f"{BLOCK}attn_{p}.weight" for p in "qkv"},
-    **{f"attention.{p}.b": f"{BLOCK}attn_{p}.bias" for p in "qkv"},
-    "attention.o.w": BLOCK + "attn_output.weight",
-    "attention.o.b": BLOCK + "attn_output.bias",
-    "attention.q_norm.scale": BLOCK + "attn_q_norm.weight",
-    "attention.k_norm.scale": BLOCK + "attn_k_norm.weight",
-    **{f"feed_forward.{p}.w": f"{BLOCK}ffn_{p}.weight" for p in ("gate", "up", "down")},
-    **{f"feed_forward.{p}.b": f"{BLOCK}ffn_{p}.bias" for p in ("gate", "up", "down")},
-}
-# llama.cpp rotates neighbouring pairs in these architectures, and stores query and key rows accordingly.
-NEIGHBOURS: Table = {
-    f"attention.{p}.{kind}": Special(f"{BLOCK}attn_{p}.{name}", interleaved)
-    for p in "qk"
-    for kind, name in (("w", "weight"), ("b", "bias"))
-}
 
+class Described(NamedTuple):
+    """What a file's metadata says."""
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """How llama.cpp keeps the models of a family."""
-
-    model_type: str
-    """`model_type` of the config.json that says the same."""
-    table: Table
-    """Leaf to tensor."""
-    says_bias: bool = False
-    """config.json has a key for biases in attention; here their tensors are there or not."""
-
-
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(model_type="llama", table={**NAMES, **NEIGHBOURS}, says_bias=True),
-    "qwen2": Architecture(model_type="qwen2", table=NAMES),
-    "qwen3": Architecture(model_type="qwen3", table=NAMES, says_bias=True),
-}
-FACTORS = "rope_freqs.weight"
-# Keys of an architecture that say nothing of the mathematics.
-HARMLESS = frozenset({"vocab_size", "rope.scaling.finetuned"})
+    row: Architecture
+    family: Family
+    """With the names of GGUF's tensors."""
+    config: TransformerConfig
 
 
 def described(
-    metadata: Mapping[str, Any], names: Collection[str], factors: np.ndarray | None, where: str
-) -> tuple[Family, TransformerConfig]:
-    """The family, with the names of GGUF's tensors, and our config of a file's metadata.
+    metadata: Mapping[str, Any], names: Collection[str], factors: Mapping[str, np.ndarray], where: str
+) -> Described:
+    """Architecture, family and our config of a file's metadata.
 
-    `names` are the file's tensors, of which some say what no key says, `factors` the values of FACTORS where it has it.
-    Raises UserError for an architecture that is not supported and for a key that is not understood.
+    `names` are the file's tensors, of which some say what no key says, `factors` the values of those of TENSORS that it
+    has. Raises UserError for an architecture that is not supported and for a key that is not understood.
     """
-    name = metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
-        raise UserError(
-            f"{where}: GGUF architecture {name!r} is not supported; these are: {', '.join(ARCHITECTURES)}"
-        )
-    row, prefix = ARCHITECTURES[name], f"{name}."
+    name, facts = metadata.get("general.architecture"), Facts(names, factors)
+    prefix = f"{name}."
     own = {
         key.removeprefix(prefix): plain(value) for key, value in metadata.items() if key.startswith(prefix)
     }
     keys = Keys(own, where, prefix)
-    found = config_keys(keys) | {
-        "model_type": row.model_type,
+    row = row_of(name, keys, facts)
+    tied = "output.weight" not in names
+    if row.tied not in (None, tied):
+        raise UserError(
+            f"{where}: output.weight is {'missing' if tied else 'there'}; {name} models "
+            f"{'have their own' if tied else 'take the token table as'} output projection"
+        )
+    found = row.read(keys, facts) | {
+        "model_type": row.model_types[0],
         "vocab_size": keys.get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())) or None),
-        "tie_word_embeddings": "output.weight" not in names,
+        "tie_word_embeddings": tied,
     }
-    if row.says_bias:
-        found["attention_bias"] = "blk.0.attn_q.bias" in names
-    if factors is not None:
-        found["rope_scaling"] = llama3_scaling(factors, found, where)
-    if unknown := keys.unread(HARMLESS):
+    if unknown := keys.unread(row.harmless):
         raise UserError(
             f"{where}: unknown {', '.join(unknown)}. A key that is not understood might change the model, so it is not "
             "ignored; take the model's folder instead of the GGUF file"
         )
     family, config = read_config({key: value for key, value in found.items() if value is not None}, where)
-    return dataclasses.replace(family, table=lambda _: row.table, unused=(re.escape(FACTORS),)), config
+    return Described(row, as_stored(family, row), config)
 
 
-def plain(value: Any) -> Any:
-    """A value of the metadata; a float is kept in float32, and its shortest decimal is what was meant."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+def row_of(name: Any, keys: Keys, facts: Facts) -> Architecture:
+    """The row that reads a file. Raises UserError when there is none."""
+    for row in ARCHITECTURES:
+        if row.name == name and row.when(keys, facts):
+            return row
+    known = dict.fromkeys(row.name for row in ARCHITECTURES)
+    raise UserError(
+        f"{keys.where}: GGUF architecture {name!r} is not supported; these are: {', '.join(known)}"
+    )
 
 
-def config_keys(keys: Keys) -> dict[str, Any]:
-    """config.json's keys for what all architectures say alike."""
-    width, heads = keys.whole("embedding_length"), keys.whole("attention.head_count")
-    head = keys.whole("attention.key_length", max(width // heads, 1))
-    keys.expect("attention.value_length", head)
-    keys.expect("rope.dimension_count", head)
-    found = {
-        "hidden_size": width, "num_hidden_layers": keys.whole("block_count"), "num_attention_heads": heads,
-        "num_key_value_heads": keys.whole("attention.head_count_kv", heads), "head_dim": head,
-        "intermediate_size": keys.whole("feed_forward_length"), "max_position_embeddings": keys.whole("context_length"),
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
-        "rope_theta": keys.number("rope.freq_base", 10_000.0),
-    }  # fmt: skip
-    scaling = keys.expect("rope.scaling.type", "none", "linear", "yarn")
-    original = keys.whole("rope.scaling.original_context_length", None)
-    factor = keys.number("rope.scaling.factor", None)
-    if scaling == "none":
-        return found
-    found["rope_scaling"] = {"rope_type": scaling, "factor": factor or 1.0}
-    if scaling == "yarn" and original:
-        found["rope_scaling"]["original_max_position_embeddings"] = original
-    return found
+def as_stored(family: Family, row: Architecture) -> Family:
+    """The family with the names of GGUF's tensors; the rotary factors are read beforehand."""
+    unused = tuple(map(re.escape, row.factors))
+    return dataclasses.replace(family, table=row.table, unused=unused, spellings=(), beyond=())
 
 
-def llama3_scaling(factors: np.ndarray, keys: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The scaling whose result llama.cpp keeps as one factor for each frequency. Raises UserError for another one."""
-    factor = round(float(factors.max()), 3)
-    rope = RopeConfig(theta=keys["rope_theta"], scaling="llama3", factor=factor)
-    if not np.allclose(factors, llama3_factors(rope, 2 * factors.size), rtol=1e-4):
-        raise UserError(f"{where}: its rotary factors ({FACTORS}) are not those of Llama 3.1 to 3.3")
-    return {
-        "rope_type": "llama3", "factor": factor, "low_freq_factor": rope.low_frequency_factor,
-        "high_freq_factor": rope.high_frequency_factor, "original_max_position_embeddings": rope.original_length,
-    }  # fmt: skip
+class Stored:
+    """A GGUF file as a TensorSource of what our leaves hold.
+
+    A vector that the file keeps as a matrix of one row is the vector, as it is for llama.cpp; tensors that match
+    `one_more` are given less 1.
+    """
+
+    def __init__(self, source: GGUF, shapes: Mapping[str, tuple[int, ...]], one_more: str | None):
+        self.source, self.where, self.shapes = source, source.where, shapes
+        self.one_more = one_more
+
+    def names(self) -> tuple[str, ...]:
+        return self.source.names()
+
+    def info(self, name: str) -> TensorInfo:
+        shape, dtype = self.source.info(name)
+        wanted = self.shapes.get(name, shape)
+        return TensorInfo(wanted if (1, *wanted) == tuple(shape) else shape, dtype)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        shape, wanted = self.source.info(name).shape, self.info(name).shape
+        if wanted != shape:
+            return self.source.read(name)[0][start:stop]
+        values = self.source.read(name, start, stop)
+        return values.astype(np.float32) - np.float32(1.0) if holds_one_more(name, self.one_more) else values
+
+    def close(self) -> None:
+        self.source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
-def llama3_factors(rope: RopeConfig, size: int) -> np.ndarray:
-    """By what each frequency of a head of `size` is divided."""
-    return (plain_frequencies(rope, size) / llama3_frequencies(rope, size)).astype(np.float32)
+def holds_one_more(name: str, pattern: str | None) -> bool:
+    """Whether a tensor is one of those that an architecture keeps with 1 added."""
+    return pattern is not None and re.fullmatch(pattern, name) is not None
 
 
 def load_gguf(
@@ -157,8 +133,10 @@ def load_gguf(
     source = GGUF(file)
     try:
         names = frozenset(source.names())
-        factors = source.read(FACTORS) if FACTORS in names else None
-        family, config = described(source.metadata, names, factors, str(file))
-        return load_tensors(family, config, source, dtype=dtype, mesh=mesh, kept=kept), source.metadata
+        factors = {name: source.read(name) for name in TENSORS if name in names}
+        row, family, config = described(source.metadata, names, factors, str(file))
+        shapes = {entry.source: entry.form.shape for entry in family.entries(config)}
+        stored = Stored(source, shapes, row.one_more)
+        return load_tensors(family, config, stored, dtype=dtype, mesh=mesh, kept=kept), source.metadata
     finally:
         source.close()

@@ -84,6 +84,22 @@ def test_large_tensors_are_decoded_in_several_steps(golden, source, monkeypatch)
         np.testing.assert_array_equal(source.read(f"blk.{kind}"), golden[f"decoded:blk.{kind}"])
 
 
+def test_four_bit_floats_with_a_power_of_two_for_each_block():
+    """The values of OCP's Microscaling Formats 1.0, table for E2M1; as gguf 0.19 decodes random blocks, too."""
+    values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    codes = np.arange(16, dtype=np.uint8)
+    packed = codes | (codes[::-1] << 4)
+    blocks = np.stack([np.concatenate([np.uint8([scale]), packed]) for scale in (127, 130, 0)])
+    out = np.empty((3, 32), np.float32)
+    decode = KINDS["MXFP4"].decode
+    assert decode is not None
+    decode(blocks, out)
+    signed = np.float64([*values, *(-np.float64(values))])
+    expected = np.concatenate([signed, signed[::-1]])
+    for row, scale in zip(out, (1.0, 8.0, 2.0**-127), strict=True):
+        np.testing.assert_array_equal(row, expected * scale)
+
+
 def test_undecoded_blocks_are_the_files_bytes(source):
     content = FILE.read_bytes()
     for name in source.names():

@@ -1,4 +1,4 @@
-"""Blocks of 32 elements to float32: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
+"""Blocks of 32 elements to float32: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, MXFP4.
 
 Each function takes blocks [n, bytes] uint8 and fills out [n, 32] float32. A block begins with its scale (and its
 minimum) as float16; of a byte with two elements the low half is element i and the high half element i + 16. Layouts:
@@ -8,6 +8,7 @@ https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
 import numpy as np
 
 _HALF = 16
+_FOUR_BIT_FLOATS = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
 def half(blocks: np.ndarray, start: int) -> np.ndarray:
@@ -43,6 +44,15 @@ def q5_1(blocks: np.ndarray, out: np.ndarray) -> None:
 
 def q8_0(blocks: np.ndarray, out: np.ndarray) -> None:
     np.multiply(blocks[:, 2:].view(np.int8), half(blocks, 0), out=out, dtype=np.float32)
+
+
+def mxfp4(blocks: np.ndarray, out: np.ndarray) -> None:
+    """Numbers of four bits (a sign, two of the exponent, one of the mantissa) with a power of two for each block
+    (OCP Microscaling Formats, version 1.0)."""
+    packed = blocks[:, 1:]
+    out[:, :_HALF] = _FOUR_BIT_FLOATS[packed & 15]
+    out[:, _HALF:] = _FOUR_BIT_FLOATS[packed >> 4]
+    out *= np.ldexp(np.float32(1.0), blocks[:, :1].astype(np.int32) - 127)
 
 
 def _five_bits(fifth: np.ndarray, packed: np.ndarray) -> np.ndarray:

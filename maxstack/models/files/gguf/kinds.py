@@ -48,6 +48,7 @@ _ALL = (
     Kind("I64", 27, 1, 8, "int64"),
     Kind("F64", 28, 1, 8, "float64"),
     Kind("BF16", 30, 1, 2, "bfloat16", encode=encode.bf16),
+    Kind("MXFP4", 39, 32, 17, "float32", decode.mxfp4),
 )
 KINDS = {kind.name: kind for kind in _ALL}
 BY_NUMBER = {kind.number: kind for kind in _ALL}
@@ -55,5 +56,5 @@ BY_NUMBER = {kind.number: kind for kind in _ALL}
 # Known by name, for the message that says they are not read.
 OTHERS = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
-    22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+    22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4",
 }  # fmt: skip
