@@ -1,0 +1,152 @@
+"""Attention on a TPU, backward: the weights are made again from the kept log-sum-exp, in two kernels.
+
+One walks query blocks, as the forward pass does, and sums dq; the other walks key blocks and sums dk and dv over the
+query blocks that see them, head after head. Each sum has one order, so that gradients repeat bit for bit.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from maxstack.kernels.attention.masks import Options
+from maxstack.kernels.attention.mosaic_tpu_arrays import Ids, Place, Specs
+from maxstack.kernels.attention.mosaic_tpu_forward import by_queries
+from maxstack.kernels.attention.mosaic_tpu_tile import each_chunk, logits, product, visible
+from maxstack.kernels.attention.mosaic_tpu_tiling import Scalars
+
+
+def by_keys(scalars: Scalars, b, kv_head, j, part, step, ref) -> Place:
+    """A step of a grid that walks key blocks and, for each, heads and the query blocks that see it.
+
+    A step past the last of them has nothing to do, and already fetches the first queries of what follows.
+    """
+    parts, last = scalars.tiling.parts, scalars.own_blocks - 1
+    first, count = (scalars.read(ref, name, b, j) for name in ("first", "count"))
+    next_block = scalars.read(ref, "first", b, jnp.where(j < last, j + 1, 0))
+    following = jnp.where(part < parts - 1, first, next_block)
+    return Place(b, kv_head * parts + part, kv_head, jnp.where(step < count, first + step, following), j)
+
+
+def queries_backward(options: Options, scalars: Scalars, vmem_bytes: int, q, k, k_t, v, dout, lse_delta, ids: Ids):
+    """dq [.., h, rows] by queries. `k_t` is k with keys last; `lse_delta` [.., 2, rows] holds, by queries, the
+    log-sum-exp in base 2 (+inf for a query that saw nothing: its weights are 0) and delta."""
+    b, heads, q_blocks, rows, h = q.shape
+    specs = Specs(scalars, partial(by_queries, scalars))
+    out_shape = jax.ShapeDtypeStruct((b, heads, q_blocks, h, rows), q.dtype)
+    by_q, by_kv = (q, dout, lse_delta), (k, k_t, v)
+    return pl.pallas_call(
+        partial(_queries_kernel, options, scalars, ids),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(b, heads, q_blocks, scalars.width),
+            in_specs=[*(specs.q(a.shape) for a in by_q), *(specs.kv(a.shape) for a in by_kv), *specs.ids(ids)],
+            out_specs=specs.q(out_shape.shape),
+            scratch_shapes=[pltpu.VMEM((h, rows), jnp.float32)],
+        ),
+        out_shape=out_shape,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes
+        ),
+        name="attention_backward_queries",
+    )(scalars.array, *by_q, *by_kv, ids.q, ids.kv)
+
+
+def _queries_kernel(
+    options, scalars, ids, scalars_ref, q_ref, dout_ref, lse_delta_ref, k_ref, k_t_ref, v_ref, q_ids_ref, kv_ids_ref,
+    dq_ref, sum_ref,
+):  # fmt: skip
+    b, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    first, count = (scalars.read(scalars_ref, name, b, i) for name in ("first", "count"))
+
+    @pl.when(step == 0)
+    def _():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    j = first + step
+
+    def chunk(c, masked: bool):
+        mask = _mask(options, scalars, ids, i, j, c, q_ids_ref, kv_ids_ref) if masked else None
+        _, dlogits = _weights(options, q_ref[...], dout_ref[...], lse_delta_ref, k_ref[c], v_ref[c], mask)
+        sum_ref[...] += product(k_t_ref[c], dlogits.astype(k_t_ref.dtype), 1, 0)
+
+    @pl.when(step < count)
+    def _():
+        each_chunk(scalars, scalars_ref, b, i, j, chunk)
+
+    @pl.when(step == pl.num_programs(3) - 1)
+    def _():
+        dq_ref[...] = (sum_ref[...] * options.scale).astype(dq_ref.dtype)
+
+
+def keys_backward(options: Options, scalars: Scalars, vmem_bytes: int, q, k, v, dout, lse_delta, ids: Ids):
+    """(dk, dv) by keys; arguments as for `queries_backward`."""
+    tiling = scalars.tiling
+    b, kv_heads = k.shape[:2]
+    specs = Specs(scalars, partial(by_keys, scalars))
+    by_q, by_kv = (q, dout, lse_delta), (k, v)
+    return pl.pallas_call(
+        partial(_keys_kernel, options, scalars, ids),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(b, kv_heads, tiling.kv_blocks, tiling.parts, scalars.width),
+            in_specs=[*(specs.q(a.shape) for a in by_q), *(specs.kv(a.shape) for a in by_kv), *specs.ids(ids)],
+            out_specs=[specs.kv(a.shape) for a in by_kv],
+            scratch_shapes=[pltpu.VMEM((tiling.chunks, *a.shape[3:]), jnp.float32) for a in by_kv],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in by_kv],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=vmem_bytes,
+        ),
+        name="attention_backward_keys",
+    )(scalars.array, *by_q, *by_kv, ids.q, ids.kv)
+
+
+def _keys_kernel(
+    options, scalars, ids, scalars_ref, q_ref, dout_ref, lse_delta_ref, k_ref, v_ref, q_ids_ref, kv_ids_ref,
+    dk_ref, dv_ref, dk_sum_ref, dv_sum_ref,
+):  # fmt: skip
+    b, j, part, step = (pl.program_id(axis) for axis in (0, 2, 3, 4))
+    first, count = (scalars.read(scalars_ref, name, b, j) for name in ("first", "count"))
+
+    @pl.when((part == 0) & (step == 0))
+    def _():
+        dk_sum_ref[...] = jnp.zeros_like(dk_sum_ref)
+        dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
+
+    i = first + step
+
+    def chunk(c, masked: bool):
+        mask = _mask(options, scalars, ids, i, j, c, q_ids_ref, kv_ids_ref) if masked else None
+        q, dout = q_ref[...], dout_ref[...]
+        weights, dlogits = _weights(options, q, dout, lse_delta_ref, k_ref[c], v_ref[c], mask)
+        dv_sum_ref[c] += product(weights.astype(dout.dtype), dout, 1, 0)
+        dk_sum_ref[c] += product(dlogits.astype(q.dtype), q, 1, 0)
+
+    @pl.when(step < count)
+    def _():
+        each_chunk(scalars, scalars_ref, b, i, j, chunk)
+
+    @pl.when((part == pl.num_programs(3) - 1) & (step == pl.num_programs(4) - 1))
+    def _():
+        dk_ref[...] = (dk_sum_ref[...] * options.scale).astype(dk_ref.dtype)
+        dv_ref[...] = dv_sum_ref[...].astype(dv_ref.dtype)
+
+
+def _mask(options, scalars, ids, i, j, c, q_ids_ref, kv_ids_ref):
+    """Of chunk c of key block j."""
+    q_ids, kv_ids = ids.of_q(q_ids_ref), ids.of_chunk(kv_ids_ref, c)
+    return visible(options, scalars.tiling, i, j * scalars.tiling.chunks + c, q_ids, kv_ids)
+
+
+def _weights(options, q, dout, lse_delta_ref, k, v, mask):
+    """Weights of a chunk and the gradient of its logits, less the factor `scale`: [chunk, rows] each."""
+    x, tanh = logits(options, k, q)
+    if mask is not None:
+        x = jnp.where(mask, x, -jnp.inf)
+    weights = jnp.exp2(x - lse_delta_ref[0:1])
+    dlogits = weights * (product(v, dout, 1, 1) - lse_delta_ref[1:2])
+    return weights, dlogits if tanh is None else dlogits * (1.0 - tanh * tanh)
