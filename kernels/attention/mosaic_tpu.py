@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from maxstack.kernels.attention.derivative import differentiable
 from maxstack.kernels.attention.masks import Coordinates, Options
@@ -25,6 +27,11 @@ class TpuBlocks:
     vmem_mib: int = 48
     """On-chip memory a kernel may take (MiB)."""
 
+    def __post_init__(self):
+        for name in ("chunk", "backward_chunk"):
+            if (size := getattr(self, name)) < 128 or size % 128:
+                raise ValueError(f"TpuBlocks: {name} is {size} positions; it must be a multiple of 128")
+
 
 BLOCKS = {
     "v5e": TpuBlocks(rows=512, vmem_mib=96),
@@ -34,8 +41,11 @@ BLOCKS = {
 }
 """Starting points: tokamax's for v5p and v6e, guesses for the others; none was measured here. Memory: three quarters of
 the 128 MiB of a v5e or v6e and of the 64 MiB of a v5p or v7x core."""
-DEFAULT = TpuBlocks(rows=512, key=512, chunk=256, backward_rows=512, backward_key=512, backward_chunk=256, vmem_mib=14)
+DEFAULT = TpuBlocks(
+    rows=512, key=512, chunk=256, backward_rows=512, backward_key=512, backward_chunk=256, vmem_mib=14
+)
 """Of a generation without a line above: no more than the 16 MiB of the smallest."""
+MOST_HEAD_SIZE = 256
 MOST_SCALARS = 200_000
 """Of 2**18 numbers that scalar memory holds."""
 
@@ -48,19 +58,51 @@ def declined(q_btnh, k_bskh, v_bskw, at: Coordinates, options: Options, config: 
         return f"it takes mosaic_tpu.TpuBlocks, and config is {type(config).__name__}"
     if q_btnh.dtype not in (jnp.bfloat16, jnp.float32):
         return f"it takes bfloat16 or float32, and q is {q_btnh.dtype}"
+    if (size := max(q_btnh.shape[3], v_bskw.shape[3])) > MOST_HEAD_SIZE:
+        return f"head size {size} is above {MOST_HEAD_SIZE}, for which its blocks are made"
+    if 0 in (*q_btnh.shape, *k_bskh.shape):
+        return f"it takes no empty arrays, and q is {q_btnh.shape}, k {k_bskh.shape}"
+    if auto := _automatic_axes(q_btnh):
+        return f"a kernel cannot be divided over mesh axes {auto} by the compiler; make them Explicit"
+    return _scalar_memory(q_btnh, k_bskh, at, options, config or _blocks())
+
+
+def _automatic_axes(array) -> tuple[str, ...]:
+    mesh = jax.typeof(array).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1)
+
+
+def _scalar_memory(q_btnh, k_bskh, at, options, blocks) -> str | None:
+    """Why scalar memory cannot hold the bounds of all blocks."""
+    from maxstack.kernels.attention.mosaic_tpu_tiling import needed, scalar_count
+
+    given = any(ids is not None for ids in needed(at, options))
+    for tiling in _tilings(q_btnh, k_bskh, blocks):
+        count = scalar_count(tiling, q_btnh.shape[0] if given else 1)
+        if count > MOST_SCALARS:
+            return (
+                f"bounds of the blocks of {q_btnh.shape[0]} rows of {tiling.t} queries and {tiling.s} keys are "
+                f"{count:,} numbers, and scalar memory holds {MOST_SCALARS:,}; use fewer rows or larger blocks"
+            )
     return None
 
 
-def _tiling(q_btnh, k_bskh, rows: int, key: int, chunk: int):
+def _tilings(q_btnh, k_bskh, blocks: TpuBlocks):
+    """Of the forward and of the backward pass."""
     from maxstack.kernels.attention.mosaic_tpu_tiling import tile
 
     t, n = q_btnh.shape[1:3]
     s, k = k_bskh.shape[1:3]
-    return tile(t, s, n // k, rows=rows, key=key, chunk=chunk)
+    sizes = (
+        (blocks.rows, blocks.key, blocks.chunk),
+        (blocks.backward_rows, blocks.backward_key, blocks.backward_chunk),
+    )
+    return [tile(t, s, n // k, rows=rows, key=key, chunk=chunk) for rows, key, chunk in sizes]
 
 
-def _blocks(config: TpuBlocks | None) -> TpuBlocks:
-    return config or BLOCKS.get(chip().name, DEFAULT)
+def _blocks() -> TpuBlocks:
+    return BLOCKS.get(chip().name, DEFAULT)
 
 
 # The kernels are imported where they are used: the import of Pallas takes a third of a second.
@@ -71,8 +113,8 @@ def _forward(options, config, q_btnh, k_bskh, v_bskw, sinks_n, at):
     from maxstack.kernels.attention.mosaic_tpu_forward import forward
     from maxstack.kernels.attention.mosaic_tpu_tiling import Scalars, needed
 
-    blocks, at = _blocks(config), needed(at, options)
-    tiling = _tiling(q_btnh, k_bskh, blocks.rows, blocks.key, blocks.chunk)
+    blocks, at = config or _blocks(), needed(at, options)
+    tiling, _ = _tilings(q_btnh, k_bskh, blocks)
     sinks = None
     if sinks_n is not None:
         sinks = jnp.repeat(sinks_n.astype(jnp.float32).reshape(-1, 1, tiling.heads), tiling.query, axis=2)
@@ -89,8 +131,8 @@ def _backward(options, config, q_btnh, k_bskh, v_bskw, at, lse, delta, dout):
     from maxstack.kernels.attention.mosaic_tpu_tile import LOG2_E
     from maxstack.kernels.attention.mosaic_tpu_tiling import Scalars, needed
 
-    blocks, at = _blocks(config), needed(at, options)
-    tiling = _tiling(q_btnh, k_bskh, blocks.backward_rows, blocks.backward_key, blocks.backward_chunk)
+    blocks, at = config or _blocks(), needed(at, options)
+    _, tiling = _tilings(q_btnh, k_bskh, blocks)
     q, dout = arrays.rows_of(q_btnh, tiling), arrays.rows_of(dout.astype(q_btnh.dtype), tiling)
     lse_delta = [  # of padded queries +inf and 0: no weight
         arrays.rows_of(a[..., None], tiling, fill=fill).swapaxes(3, 4)

@@ -30,7 +30,9 @@ def by_keys(scalars: Scalars, b, kv_head, j, part, step, ref) -> Place:
     return Place(b, kv_head * parts + part, kv_head, jnp.where(step < count, first + step, following), j)
 
 
-def queries_backward(options: Options, scalars: Scalars, vmem_bytes: int, q, k, k_t, v, dout, lse_delta, ids: Ids):
+def queries_backward(
+    options: Options, scalars: Scalars, vmem_bytes: int, q, k, k_t, v, dout, lse_delta, ids: Ids
+):
     """dq [.., h, rows] by queries. `k_t` is k with keys last; `lse_delta` [.., 2, rows] holds, by queries, the
     log-sum-exp in base 2 (+inf for a query that saw nothing: its weights are 0) and delta."""
     b, heads, q_blocks, rows, h = q.shape
@@ -42,13 +44,20 @@ def queries_backward(options: Options, scalars: Scalars, vmem_bytes: int, q, k, 
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, heads, q_blocks, scalars.width),
-            in_specs=[*(specs.q(a.shape) for a in by_q), *(specs.kv(a.shape) for a in by_kv), *specs.ids(ids)],
+            in_specs=[
+                *(specs.q(a.shape) for a in by_q),
+                *(specs.kv(a.shape) for a in by_kv),
+                *specs.ids(ids),
+            ],
             out_specs=specs.q(out_shape.shape),
             scratch_shapes=[pltpu.VMEM((h, rows), jnp.float32)],
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes
+        ),
+        cost_estimate=pl.CostEstimate(
+            **scalars.cost(b * heads * scalars.tiling.heads, 2 * h + v.shape[4], (*by_q, out_shape), by_kv)
         ),
         name="attention_backward_queries",
     )(scalars.array, *by_q, *by_kv, ids.q, ids.kv)
@@ -92,7 +101,11 @@ def keys_backward(options: Options, scalars: Scalars, vmem_bytes: int, q, k, v, 
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, kv_heads, tiling.kv_blocks, tiling.parts, scalars.width),
-            in_specs=[*(specs.q(a.shape) for a in by_q), *(specs.kv(a.shape) for a in by_kv), *specs.ids(ids)],
+            in_specs=[
+                *(specs.q(a.shape) for a in by_q),
+                *(specs.kv(a.shape) for a in by_kv),
+                *specs.ids(ids),
+            ],
             out_specs=[specs.kv(a.shape) for a in by_kv],
             scratch_shapes=[pltpu.VMEM((tiling.chunks, *a.shape[3:]), jnp.float32) for a in by_kv],
         ),
@@ -100,6 +113,11 @@ def keys_backward(options: Options, scalars: Scalars, vmem_bytes: int, q, k, v, 
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=vmem_bytes,
+        ),
+        cost_estimate=pl.CostEstimate(
+            **scalars.cost(
+                b * q.shape[1] * tiling.heads, 2 * (k.shape[4] + v.shape[4]), (*by_kv, *by_kv), by_q
+            )
         ),
         name="attention_backward_keys",
     )(scalars.array, *by_q, *by_kv, ids.q, ids.kv)

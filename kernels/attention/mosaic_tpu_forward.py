@@ -21,7 +21,9 @@ def by_queries(scalars: Scalars, b, head, i, step, ref) -> Place:
     row, last = b, scalars.own_blocks - 1
     first, count = (scalars.read(ref, name, row, i) for name in ("first", "count"))
     following = scalars.read(ref, "first", row, jnp.where(i < last, i + 1, 0))
-    return Place(b, head, jax.lax.div(head, scalars.tiling.parts), i, jnp.where(step < count, first + step, following))
+    return Place(
+        b, head, jax.lax.div(head, scalars.tiling.parts), i, jnp.where(step < count, first + step, following)
+    )
 
 
 def forward(options: Options, scalars: Scalars, vmem_bytes: int, q, k, v_t, sinks, ids: Ids):
@@ -42,13 +44,14 @@ def forward(options: Options, scalars: Scalars, vmem_bytes: int, q, k, v_t, sink
             grid=(b, heads, q_blocks, scalars.width),
             in_specs=[specs.q(q.shape), specs.kv(k.shape), specs.kv(v_t.shape), sinks_spec, *specs.ids(ids)],
             out_specs=[specs.q(shape.shape) for shape in out_shapes],
-            scratch_shapes=[
-                pltpu.VMEM((1, rows), jnp.float32), pltpu.VMEM((1, rows), jnp.float32), pltpu.VMEM((w, rows), jnp.float32),
-            ],
+            scratch_shapes=[pltpu.VMEM((size, rows), jnp.float32) for size in (1, 1, w)],
         ),
         out_shape=out_shapes,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes
+        ),
+        cost_estimate=pl.CostEstimate(
+            **scalars.cost(b * heads * scalars.tiling.heads, q.shape[4] + w, (q, *out_shapes), (k, v_t))
         ),
         name="attention_forward",
     )(scalars.array, q, k, v_t, sinks, ids.q, ids.kv)  # fmt: skip
@@ -100,4 +103,6 @@ def _kernel(
         total = total_ref[...]
         empty = total == 0.0
         out_ref[...] = (sum_ref[...] / jnp.where(empty, 1.0, total)).astype(out_ref.dtype)
-        lse_ref[...] = jnp.where(empty, -jnp.inf, top_ref[...] / LOG2_E + jnp.log(jnp.where(empty, 1.0, total)))
+        lse_ref[...] = jnp.where(
+            empty, -jnp.inf, top_ref[...] / LOG2_E + jnp.log(jnp.where(empty, 1.0, total))
+        )

@@ -7,6 +7,7 @@ sees another is judged by least and most of positions and segments: numbers, whi
 
 import functools
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -112,9 +113,18 @@ def all_see(options: Options, q: Extremes, kv: Extremes) -> Any:
     return functools.reduce(operator.and_, parts)
 
 
+def scalar_count(tiling: Tiling, rows: int) -> int:
+    """At most this many numbers a kernel holds in scalar memory, of `rows` batch rows."""
+    return rows * (6 * tiling.q_blocks + 4 * tiling.all_chunks + 2 * tiling.kv_blocks)
+
+
 def needed(at: Coordinates, options: Options) -> Coordinates:
     """Without positions that no option looks at."""
-    return at if options.causal or options.window is not None else at._replace(q_positions=None, kv_positions=None)
+    return (
+        at
+        if options.causal or options.window is not None
+        else at._replace(q_positions=None, kv_positions=None)
+    )
 
 
 class Scalars:
@@ -125,11 +135,15 @@ class Scalars:
     """
 
     def __init__(self, options: Options, tiling: Tiling, at: Coordinates, own: str):
-        self.options, self.tiling = options, tiling
+        self.options, self.tiling, self.own = options, tiling, own
         q = _block_extremes(at.q_positions, at.q_segments, tiling.t, tiling.query, tiling.q_blocks)
         kv = _block_extremes(at.kv_positions, at.kv_segments, tiling.s, tiling.chunk, tiling.all_chunks)
         first, count = _ranges(options, tiling, q, kv, own)
         self.rows, self.own_blocks = first.shape
+        if isinstance(count, jax.Array):  # a guess; only costs are made of it
+            self.seen_blocks = tiling.q_blocks * tiling.kv_blocks / (2 if options.causal else 1)
+        else:
+            self.seen_blocks = float(count.sum())
         self.width = jnp.maximum(count.max(), 1) if isinstance(count, jax.Array) else max(int(count.max()), 1)
         fields = {"first": first, "count": count}
         for side, extremes, given in (("q", q, at.q_positions), ("kv", kv, at.kv_positions)):
@@ -147,6 +161,23 @@ class Scalars:
             flat.append(value.reshape(-1))
             place += value.size
         self.array = jnp.concatenate(flat)
+
+    def cost(self, heads: int, per_logit: int, fixed: Iterable, fetched: Iterable) -> dict[str, int]:
+        """FLOPs, exponentials and bytes of a kernel, for XLA's schedule: `heads` counts batch rows times query heads,
+        `per_logit` the multiply-adds of a logit; `fixed` arrays move once, blocks of `fetched` ones for each pair of
+        blocks that see each other."""
+        tiling = self.tiling
+        logits = heads * tiling.query * tiling.key * self.seen_blocks
+        passes = self.seen_blocks / (tiling.kv_blocks if self.own == "query" else tiling.q_blocks)
+        passes *= tiling.parts if self.own == "query" else 1
+        once, again = (
+            sum(a.size * jnp.dtype(a.dtype).itemsize for a in arrays) for arrays in (fixed, fetched)
+        )
+        return {
+            "flops": int(2 * logits * per_logit),
+            "transcendentals": int(logits),
+            "bytes_accessed": int(once + passes * again),
+        }
 
     def read(self, ref, name: str, row, block):
         """A number of the array, of a batch row's block."""
