@@ -26,6 +26,8 @@ class TpuBlocks:
     backward_chunk: int = 512
     vmem_mib: int = 48
     """On-chip memory a kernel may take (MiB)."""
+    dq_mib: int = 12
+    """What of it the gradient of the queries of one kv head may take, so that one backward kernel does all (MiB)."""
 
     def __post_init__(self):
         for name in ("chunk", "backward_chunk"):
@@ -34,15 +36,22 @@ class TpuBlocks:
 
 
 BLOCKS = {
-    "v5e": TpuBlocks(rows=512, vmem_mib=96),
+    "v5e": TpuBlocks(rows=512, vmem_mib=96, dq_mib=56),
     "v5p": TpuBlocks(chunk=256),
-    "v6e": TpuBlocks(vmem_mib=96),
+    "v6e": TpuBlocks(vmem_mib=96, dq_mib=56),
     "v7x": TpuBlocks(),
 }
 """Starting points: tokamax's for v5p and v6e, guesses for the others; none was measured here. Memory: three quarters of
 the 128 MiB of a v5e or v6e and of the 64 MiB of a v5p or v7x core."""
 DEFAULT = TpuBlocks(
-    rows=512, key=512, chunk=256, backward_rows=512, backward_key=512, backward_chunk=256, vmem_mib=14
+    rows=512,
+    key=512,
+    chunk=256,
+    backward_rows=512,
+    backward_key=512,
+    backward_chunk=256,
+    vmem_mib=14,
+    dq_mib=0,
 )
 """Of a generation without a line above: no more than the 16 MiB of the smallest."""
 MOST_HEAD_SIZE = 256
@@ -127,7 +136,7 @@ def _forward(options, config, q_btnh, k_bskh, v_bskw, sinks_n, at):
 
 def _backward(options, config, q_btnh, k_bskh, v_bskw, at, lse, delta, dout):
     from maxstack.kernels.attention import mosaic_tpu_arrays as arrays
-    from maxstack.kernels.attention.mosaic_tpu_backward import keys_backward, queries_backward
+    from maxstack.kernels.attention.mosaic_tpu_backward import dq_bytes, keys_backward, queries_backward
     from maxstack.kernels.attention.mosaic_tpu_tile import LOG2_E
     from maxstack.kernels.attention.mosaic_tpu_tiling import Scalars, needed
 
@@ -141,11 +150,14 @@ def _backward(options, config, q_btnh, k_bskh, v_bskw, at, lse, delta, dout):
     lse_delta = jnp.concatenate(lse_delta, axis=3)
     k, v, ids = arrays.chunks_of(k_bskh, tiling), arrays.chunks_of(v_bskw, tiling), arrays.ids_of(at, tiling)
     k_t = arrays.chunks_of(k_bskh, tiling, keys_last=True)
-    vmem_bytes = blocks.vmem_mib * 2**20
-    scalars = Scalars(options, tiling, at, "query")
-    dq = queries_backward(options, scalars, vmem_bytes, q, k, k_t, v, dout, lse_delta, ids)
-    scalars = Scalars(options, tiling, at, "key")
-    dk, dv = keys_backward(options, scalars, vmem_bytes, q, k, v, dout, lse_delta, ids)
+    vmem_bytes, scalars = blocks.vmem_mib * 2**20, Scalars(options, tiling, at, "key")
+    together = dq_bytes(tiling, q.shape[4], q.dtype.itemsize) <= blocks.dq_mib * 2**20
+    dk, dv, dq = keys_backward(
+        options, scalars, vmem_bytes, q, k, k_t if together else None, v, dout, lse_delta, ids
+    )
+    if not together:
+        scalars = Scalars(options, tiling, at, "query")
+        dq = queries_backward(options, scalars, vmem_bytes, q, k, k_t, v, dout, lse_delta, ids)
     return arrays.from_rows(dq, tiling), arrays.from_chunks(dk, tiling), arrays.from_chunks(dv, tiling)
 
 

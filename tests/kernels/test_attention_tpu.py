@@ -20,8 +20,10 @@ from maxstack.kernels.dispatch import Chip, chip_of, compiling_for
 from tests.kernels.chips import TPUS, compiled_for, device_of, needs_libtpu, shapes, without_cache
 
 SMALL = TpuBlocks(rows=128, key=128, chunk=128, backward_rows=128, backward_key=128, backward_chunk=128)
-# Two chunks a block, all heads of a kv head in a block of rows.
-PAIRS = TpuBlocks(rows=256, key=256, chunk=128, backward_rows=256, backward_key=256, backward_chunk=128)
+# Two chunks a block, all heads of a kv head in a block of rows, and a kernel of its own for dq.
+PAIRS = TpuBlocks(
+    rows=256, key=256, chunk=128, backward_rows=256, backward_key=256, backward_chunk=128, dq_mib=0
+)
 # Float32 against float64: roundings of sums of some hundred terms of size 1. The interpreter's products are exact ones.
 CLOSE = 2e-5
 NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
@@ -191,6 +193,36 @@ def test_bfloat16_is_rounded_between_products_only():
     case.check(dtype=jnp.bfloat16, close=3e-2)
 
 
+@pytest.mark.slow
+def test_gradients_on_a_mesh_equal_float64_formulas():
+    case = Case(b=2, t=130, n=4, k=2, h=8, w=8, sunk=True, packed=True)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4])
+    heads, ids = (
+        jax.NamedSharding(mesh, jax.P("data", None, "tensor", None)),
+        jax.NamedSharding(mesh, jax.P("data")),
+    )
+    with jax.set_mesh(mesh):
+        arrays = [
+            jax.device_put(jnp.asarray(a, jnp.float32), heads) for a in (case.q, case.k, case.v, case.dout)
+        ]
+        segments = tuple(jax.device_put(jnp.asarray(part, jnp.int32), ids) for part in case.segments or ())
+        sinks = jax.device_put(jnp.asarray(case.sinks, jnp.float32), jax.NamedSharding(mesh, jax.P("tensor")))
+
+        def loss(q, k, v, sinks, dout):
+            out = attention(
+                q, k, v, sinks=sinks, segment_ids=segments, implementation="mosaic_tpu", config=SMALL
+            )
+            return jnp.sum(out * dout)
+
+        with interpreted():
+            found = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*arrays[:3], sinks, arrays[3])
+            found = jax.device_get(found)
+    case.dlse[:] = 0
+    assert not races()
+    for name, one, other in zip(NAMES[2:], found, case.wanted()[2:], strict=True):
+        np.testing.assert_allclose(one, other, rtol=CLOSE, atol=CLOSE, err_msg=name)
+
+
 PAIRWISE = [
     dict(zip(("causal", "window", "softcap", "packed", "placed", "sunk"), values, strict=True))
     for values in (
@@ -223,6 +255,15 @@ def test_odd_counts_of_heads_and_lengths_equal_float64_formulas(n, k, t, s):
     Case(t=t, s=s, n=n, k=k, h=16, w=32, causal=False, packed=True).check(PAIRS)
 
 
+class NeverClears:
+    """`jax.numpy`, in which new memory is not zero."""
+
+    zeros_like = staticmethod(lambda ref: jnp.full(ref.shape, 3.0, ref.dtype))
+
+    def __getattr__(self, name):
+        return getattr(jnp, name)
+
+
 def faults():
     """Each breaks one thing in the kernels."""
     kept = mosaic_tpu_tiling._ranges
@@ -245,7 +286,7 @@ def faults():
         "a block bound is one too high": (mosaic_tpu_tiling, "_ranges", one_block_late),
         "lse and delta are swapped": (mosaic_tpu_backward, "_weights", swapped_lse),
         "a partial block has no mask": (Scalars, "needs_mask", lambda *_: False),
-        "a sum is not cleared": (mosaic_tpu_forward.jnp, "zeros_like", lambda ref: ref[...]),
+        "a sum is not cleared": (mosaic_tpu_backward, "jnp", NeverClears()),
     }
 
 
@@ -367,8 +408,6 @@ def test_auto_takes_the_kernels_on_a_tpu_and_says_why_not(monkeypatch):
     assert "attention on v6e: mosaic_tpu" in said[0][1]
     with pytest.raises(Unsupported, match="it needs a TPU, and this is a cpu"):
         traced(q, implementation="mosaic_tpu")
-    with pytest.raises(ValueError, match="unknown implementation 'cudnn'"):
-        traced(q, implementation="cudnn")
     with pytest.raises(ValueError, match=r"chunk is 100 positions; it must be a multiple of 128"):
         TpuBlocks(chunk=100)
 
@@ -401,9 +440,13 @@ def kernels_in(program) -> int:
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("chip", "model"), [("v5e", "1B"), ("v5p", "256"), ("v6e", "8B"), ("v7x", "MLA")])
-def test_forward_and_backward_compile(chip, model):
-    assert kernels_in(compiled(chip, model, 2048, packed=True)) == 3
+@pytest.mark.parametrize(
+    ("chip", "model", "kernels"),
+    [("v5e", "1B", 2), ("v5p", "256", 2), ("v6e", "8B", 2), ("v7x", "MLA", 2), ("v7x", "70B", 3)],
+)
+def test_forward_and_backward_compile(chip, model, kernels):
+    # dq of the 70B shape is too long for the chip's memory: a third kernel makes it.
+    assert kernels_in(compiled(chip, model, 2048, packed=True)) == kernels
 
 
 @needs_libtpu
@@ -418,9 +461,9 @@ def test_the_default_blocks_fit_the_smallest_memory():
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("chip", TPUS)
 def test_every_model_compiles_for_every_chip(chip, model, t):
-    assert kernels_in(compiled(chip, model, t)) == 3
+    assert kernels_in(compiled(chip, model, t)) >= 2
     assert (
-        kernels_in(compiled(chip, model, t, packed=True, dtype=jnp.float32, softcap=30.0, window=1024)) == 3
+        kernels_in(compiled(chip, model, t, packed=True, dtype=jnp.float32, softcap=30.0, window=1024)) >= 2
     )
 
 
@@ -455,6 +498,6 @@ def test_a_whole_training_step_on_four_chips_has_the_kernels_inside():
     with compiling_for(chip_of(first)), without_cache():
         program = compiled_step(plan, step, abstract_batch(plan, 1, 4, 512), plan.abstract(model))
     text = program.as_text() or ""
-    for name in ("attention_forward", "attention_backward_queries", "attention_backward_keys"):
+    for name in ("attention_forward", "attention_backward"):
         assert name in text
-    assert kernels_in(program) >= 3
+    assert kernels_in(program) >= 2
