@@ -27,17 +27,17 @@ MODELS = {
 TPUS = ("v5e", "v5p", "v6e", "v7x")
 KERNELS = {
     "attention_forward": "forward",
+    "attention_backward": "backward",
+    "attention_backward_keys": "dk and dv",
     "attention_backward_queries": "dq",
-    "attention_backward_keys": "dk, dv",
 }
+"""What the table calls them; in a program is either `attention_backward` or the two below it."""
 
 
 def on_chip_memory(text: str, kernel: str) -> int:
     """Bytes of VMEM that a Mosaic TPU kernel of a compiled program takes; 0 if it is not in there."""
     for line in text.splitlines():
-        if 'custom_call_target="tpu_custom_call"' in line and re.search(
-            rf"{kernel}\b", line.replace("_.", ".")
-        ):
+        if re.search(rf"[/(]{kernel}\)*/pallas_call", line) and "tpu_custom_call" in line:
             found = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1"[^}]*"size":"(\d+)"', line)
             if found:
                 return int(found[1])

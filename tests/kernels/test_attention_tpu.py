@@ -274,7 +274,7 @@ def faults():
 
     def one_block_late(options, tiling, q, kv, own):
         first, count = kept(options, tiling, q, kv, own)
-        return first + (count > 1), count
+        return first + (count > 1), count - (count > 1)
 
     swapped = mosaic_tpu_backward._weights
 
