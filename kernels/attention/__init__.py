@@ -12,7 +12,7 @@ from maxstack.kernels.dispatch import choose
 
 Implementation = Literal["auto", "xla", "reference", "mosaic_gpu", "mosaic_tpu"]
 _BACKENDS: dict[str, Any] = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "xla": xla}
-"""Best first. Each has `declined(q, k, v, at, options, config) -> reason or None` and
+"""Best first. Each has `declined(q, k, v, options, at, config) -> reason or None` and
 `attention(options, config, layout, q, k, v, sinks, at) -> (out, lse)`, made by `derivative.differentiable`."""
 Ids = Int[Array, "b t"] | tuple[Int[Array, "b t"], Int[Array, "b s"]]
 
@@ -69,7 +69,7 @@ def attention(
     scale = q_btnh.shape[-1] ** -0.5 if scale is None else scale
     options = Options(causal=causal, window=window, softcap=softcap, scale=scale)
     declined = {
-        name: backend.declined(q_btnh, k_bskh, v_bskw, at, options, config)
+        name: backend.declined(q_btnh, k_bskh, v_bskw, options, at, config)
         for name, backend in _BACKENDS.items()
     }
     taken = choose("attention", implementation, declined | {"reference": None}, named_only=("reference",))

@@ -5,7 +5,7 @@ from maxstack.kernels.attention.masks import Coordinates, Options
 from maxstack.kernels.dispatch import only_on
 
 
-def declined(q_btnh, k_bskh, v_bskw, at: Coordinates, options: Options, config: object) -> str | None:
+def declined(q_btnh, k_bskh, v_bskw, options: Options, at: Coordinates, config: object) -> str | None:
     """Why this backend cannot serve a call; None if it can."""
     return only_on("gpu") or "it is not built yet"
 

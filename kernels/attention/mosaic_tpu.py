@@ -26,8 +26,9 @@ class TpuBlocks:
     backward_chunk: int = 512
     vmem_mib: int = 48
     """On-chip memory a kernel may take (MiB)."""
-    dq_mib: int = 12
-    """What of it the gradient of the queries of one kv head may take, so that one backward kernel does all (MiB)."""
+    dq_mib: int = 32
+    """What of it the gradient of the queries of one kv head may take, so that one backward kernel does all (MiB);
+    half of it where inputs are float32, with which all the rest takes twice as much."""
 
     def __post_init__(self):
         for name in ("chunk", "backward_chunk"):
@@ -36,9 +37,9 @@ class TpuBlocks:
 
 
 BLOCKS = {
-    "v5e": TpuBlocks(rows=512, vmem_mib=96, dq_mib=56),
+    "v5e": TpuBlocks(rows=512, vmem_mib=96, dq_mib=72),
     "v5p": TpuBlocks(chunk=256),
-    "v6e": TpuBlocks(vmem_mib=96, dq_mib=56),
+    "v6e": TpuBlocks(vmem_mib=96, dq_mib=72),
     "v7x": TpuBlocks(),
 }
 """Starting points: tokamax's for v5p and v6e, guesses for the others; none was measured here. Memory: three quarters of
@@ -59,7 +60,7 @@ MOST_SCALARS = 200_000
 """Of 2**18 numbers that scalar memory holds."""
 
 
-def declined(q_btnh, k_bskh, v_bskw, at: Coordinates, options: Options, config: object) -> str | None:
+def declined(q_btnh, k_bskh, v_bskw, options: Options, at: Coordinates, config: object) -> str | None:
     """Why this backend cannot serve a call; None if it can."""
     if (reason := only_on("tpu")) is not None:
         return reason
@@ -151,7 +152,8 @@ def _backward(options, config, q_btnh, k_bskh, v_bskw, at, lse, delta, dout):
     k, v, ids = arrays.chunks_of(k_bskh, tiling), arrays.chunks_of(v_bskw, tiling), arrays.ids_of(at, tiling)
     k_t = arrays.chunks_of(k_bskh, tiling, keys_last=True)
     vmem_bytes, scalars = blocks.vmem_mib * 2**20, Scalars(options, tiling, at, "key")
-    together = dq_bytes(tiling, q.shape[4], q.dtype.itemsize) <= blocks.dq_mib * 2**20
+    itemsize = q.dtype.itemsize
+    together = dq_bytes(tiling, q.shape[4], itemsize) <= blocks.dq_mib * 2**20 * 2 // itemsize
     dk, dv, dq = keys_backward(
         options, scalars, vmem_bytes, q, k, k_t if together else None, v, dout, lse_delta, ids
     )

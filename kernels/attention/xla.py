@@ -20,7 +20,7 @@ from maxstack.kernels.attention.derivative import differentiable
 from maxstack.kernels.attention.masks import Coordinates, Options
 
 
-def declined(q_btnh, k_bskh, v_bskw, at: Coordinates, options: Options, config: object) -> str | None:
+def declined(q_btnh, k_bskh, v_bskw, options: Options, at: Coordinates, config: object) -> str | None:
     """Why this backend cannot serve a call: only for blocks of another one."""
     if config is None or isinstance(config, Blocks):
         return None
