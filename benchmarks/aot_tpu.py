@@ -42,6 +42,7 @@ def compile_run(run: Any, topology: str, program: Path | None = None) -> dict[st
     from jax.experimental import topologies
 
     from maxstack import sharding
+    from maxstack.kernels.dispatch import chip_of, compiling_for
     from maxstack.plan import collectives, run_memory
     from maxstack.train import state as states
     from maxstack.train.losses import pretrain
@@ -55,7 +56,8 @@ def compile_run(run: Any, topology: str, program: Path | None = None) -> dict[st
     step = train_step(plan, pretrain, run.optim, run.safety, run.z_loss, run.steps)
     result: dict[str, Any] = {"topology": topology, "chips": len(devices), "chip_gib": chip_memory(topology)}
     try:
-        executable = compiled(plan, step, batch, plan.abstract(run.model))
+        with compiling_for(chip_of(devices[0])):
+            executable = compiled(plan, step, batch, plan.abstract(run.model))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

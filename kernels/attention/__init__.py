@@ -5,13 +5,15 @@ from typing import Any, Literal, overload
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from maxstack.kernels import Unsupported
-from maxstack.kernels.attention import reference, xla
-from maxstack.kernels.attention.blocks import Blocks
+from maxstack.kernels.attention import mosaic_gpu, mosaic_tpu, reference, xla
 from maxstack.kernels.attention.layout import lay_out
 from maxstack.kernels.attention.masks import Coordinates, Options
+from maxstack.kernels.dispatch import choose
 
 Implementation = Literal["auto", "xla", "reference", "mosaic_gpu", "mosaic_tpu"]
+_BACKENDS: dict[str, Any] = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "xla": xla}
+"""Best first. Each has `declined(q, k, v, options, at, config) -> reason or None` and
+`attention(options, config, layout, q, k, v, sinks, at) -> (out, lse)`, made by `derivative.differentiable`."""
 Ids = Int[Array, "b t"] | tuple[Int[Array, "b t"], Int[Array, "b s"]]
 
 
@@ -41,7 +43,7 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     implementation: Implementation = "auto",
-    config: Blocks | None = None,
+    config: Any = None,
 ) -> Float[Array, "b t n w"] | tuple[Float[Array, "b t n w"], Float[Array, "b t n"]]:
     """Softmax attention; `n // k` query heads share each kv head, without a repeated copy of it.
 
@@ -49,7 +51,9 @@ def attention(
     `kv_position <= q_position`, and, with a `window`, `q_position - kv_position < window`. Positions are indices
     unless given. For packed rows leave them out: within a segment indices have the same order, and are known
     early enough to skip blocks. `scale` is `h**-0.5` unless given; `softcap` c makes logits `c·tanh(logits/c)`;
-    `sinks` are one more logit a head that takes weight and gives no value. `config` sizes the blocks of "xla".
+    `sinks` are one more logit a head that takes weight and gives no value. `config` sizes the blocks of one backend
+    (`blocks.Blocks` of "xla"), and others decline it. "auto" takes the best backend that can serve the call and logs
+    once why others cannot; a backend that is named serves the call or raises.
 
     Returns the output in the dtype of the queries and, with `return_lse`, the log-sum-exp of the logits (sink
     included) in float32, differentiable too. A query that sees no key gets output 0, lse -inf (or its sink) and
@@ -58,21 +62,22 @@ def attention(
     On a mesh with explicit axes rows and heads may be cut; a cut sequence raises Unsupported. Raises ValueError
     for shapes that disagree, TypeError for dtypes, Unsupported for a backend that cannot serve the call.
     """
-    if implementation in ("mosaic_gpu", "mosaic_tpu"):
-        raise Unsupported(f"attention: {implementation!r} is not built yet; use 'xla' (or 'auto')")
-    if implementation not in ("auto", "xla", "reference"):
-        raise ValueError(f"attention: unknown implementation {implementation!r}; known: auto, xla, reference")
     _check(q_btnh, k_bskh, v_bskw, sinks, window)
     at = Coordinates(
         *_pair("segment_ids", segment_ids, q_btnh, k_bskh), *_pair("positions", positions, q_btnh, k_bskh)
     )
     scale = q_btnh.shape[-1] ** -0.5 if scale is None else scale
     options = Options(causal=causal, window=window, softcap=softcap, scale=scale)
-    if implementation == "reference":
+    declined = {
+        name: backend.declined(q_btnh, k_bskh, v_bskw, options, at, config)
+        for name, backend in _BACKENDS.items()
+    }
+    taken = choose("attention", implementation, declined | {"reference": None}, named_only=("reference",))
+    if taken == "reference":
         out, lse = reference.attention(q_btnh, k_bskh, v_bskw, sinks, at, options)
     else:
         layout, k_bskh, v_bskw, sinks, at = lay_out(q_btnh, k_bskh, v_bskw, sinks, at)
-        out, lse = xla.attention(options, config or Blocks(), layout, q_btnh, k_bskh, v_bskw, sinks, at)
+        out, lse = _BACKENDS[taken].attention(options, config, layout, q_btnh, k_bskh, v_bskw, sinks, at)
     return (out, lse) if return_lse else out
 
 

@@ -7,73 +7,30 @@ without a loop. Inside of a step:
 
 - few query blocks: each is unrolled, with the static range of keys that indices allow, in one piece;
 - many: loops over query blocks and over the key blocks that are visible by the bounds of positions and segments.
-
-On a mesh the local programs run under `jax.shard_map`; the custom derivative stands outside of it, so that no sum
-over devices is added by differentiation.
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
 
 from maxstack.kernels.attention import looped, tile, unrolled
 from maxstack.kernels.attention.blocks import Blocks, pairs_a_step
-from maxstack.kernels.attention.layout import Layout
+from maxstack.kernels.attention.derivative import differentiable
 from maxstack.kernels.attention.masks import Coordinates, Options
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def attention(
-    options: Options,
-    blocks: Blocks,
-    layout: Layout | None,
-    q_btnh: Float[Array, "b t n h"],
-    k_bskh: Float[Array, "b s k h"],
-    v_bskw: Float[Array, "b s k w"],
-    sinks_n: Float[Array, "n"] | None,
-    at: Coordinates,
-) -> tuple[Float[Array, "b t n w"], Float[Array, "b t n"]]:
-    """Output in the dtype of the queries, log-sum-exp of the logits (sink included) in float32 or wider."""
-    run = partial(_forward, options, blocks)
-    if layout is not None:
-        arrays = (layout.heads, layout.heads, layout.heads, _sinks(layout, sinks_n), layout.coordinates(at))
-        run = layout.run(run, arrays, (layout.heads, layout.lse))
-    return run(q_btnh, k_bskh, v_bskw, sinks_n, at)
-
-
-def _attention_fwd(options, blocks, layout, q_btnh, k_bskh, v_bskw, sinks_n, at):
-    out, lse = attention(options, blocks, layout, q_btnh, k_bskh, v_bskw, sinks_n, at)
-    # The names let a rematerialisation policy keep these two, so that a backward pass runs no forward again.
-    out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
-    return (out, lse), (q_btnh, k_bskh, v_bskw, sinks_n, at, out, lse)
-
-
-def _attention_bwd(options, blocks, layout, kept, cotangents):
-    sinks_n, at = kept[3:5]
-    run = partial(_backward, options, blocks, layout)
-    if layout is not None:
-        heads, lse, sinks = layout.heads, layout.lse, _sinks(layout, sinks_n)
-        arrays = (heads, heads, heads, sinks, layout.coordinates(at), heads, lse, heads, lse)
-        run = layout.run(run, arrays, (heads, heads, heads, sinks))
-    return (*run(*kept, *cotangents), None)
-
-
-attention.defvjp(_attention_fwd, _attention_bwd)
-
-
-def _sinks(layout, sinks_n):
-    return None if sinks_n is None else layout.sinks
-
-
-# What follows sees local arrays only.
+def declined(q_btnh, k_bskh, v_bskw, options: Options, at: Coordinates, config: object) -> str | None:
+    """Why this backend cannot serve a call: only for blocks of another one."""
+    if config is None or isinstance(config, Blocks):
+        return None
+    return f"it takes blocks.Blocks, and config is {type(config).__name__}"
 
 
 def _forward(options, blocks, q_btnh, k_bskh, v_bskw, sinks_n, at):
     b, t, n, _ = q_btnh.shape
     s, k, _ = v_bskw.shape[1:]
+    blocks = blocks or Blocks()
     drive = _drive(t, s, blocks)
     q, kk, v = _pairs_q(q_btnh, k), _pairs_kv(k_bskh), _pairs_kv(v_bskw)
     top, total, out = _in_steps(
@@ -90,18 +47,11 @@ def _forward(options, blocks, q_btnh, k_bskh, v_bskw, sinks_n, at):
     return _unpaired(out.astype(q_btnh.dtype), b), _unpaired(lse[..., None], b)[..., 0]
 
 
-def _backward(options, blocks, layout, q_btnh, k_bskh, v_bskw, sinks_n, at, out, lse, dout, dlse):
+def _backward(options, blocks, q_btnh, k_bskh, v_bskw, at, lse, delta, dout):
     b, t, n, h = q_btnh.shape
     s, k = k_bskh.shape[1:3]
+    blocks = blocks or Blocks()
     drive = _drive(t, s, blocks)
-    delta = jnp.sum(dout.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - dlse
-    dsinks = None
-    if sinks_n is not None:
-        dsinks = -jnp.sum(jnp.exp(sinks_n.astype(lse.dtype) - lse) * delta, axis=(0, 1))
-        if layout is not None and layout.batch:
-            dsinks = jax.lax.psum(dsinks, layout.batch)
-        dsinks = dsinks.astype(sinks_n.dtype)
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # the weights of a query that saw nothing: exp(-inf) = 0
     q, kk, v = _pairs_q(q_btnh, k), _pairs_kv(k_bskh), _pairs_kv(v_bskw)
     arrays = (q, kk, jnp.swapaxes(kk, 1, 2), v, _pairs_q(dout.astype(q.dtype), k))
     rest = (_pairs_q(lse[..., None], k)[..., 0], _pairs_q(delta[..., None], k)[..., 0], _pairs_at(at, k))
@@ -111,7 +61,10 @@ def _backward(options, blocks, layout, q_btnh, k_bskh, v_bskw, sinks_n, at, out,
     dq = jnp.moveaxis(dq.reshape(b, k, h, n // k, t), 4, 1)
     dq = jnp.swapaxes(dq, 3, 4).reshape(b, t, n, h)
     dk, dv = (jnp.swapaxes(g.reshape(b, k, *g.shape[1:]), 1, 2) for g in (dk, dv))
-    return dq.astype(q_btnh.dtype), dk.astype(k_bskh.dtype), dv.astype(v_bskw.dtype), dsinks
+    return dq.astype(q_btnh.dtype), dk.astype(k_bskh.dtype), dv.astype(v_bskw.dtype)
+
+
+attention = differentiable(_forward, _backward)
 
 
 def _backward_step(drive, options, blocks, q, k, k_t, v, dout, lse, delta, at):
