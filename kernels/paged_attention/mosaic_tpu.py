@@ -71,10 +71,15 @@ def paged_attention(
 
 
 def _pools(cache) -> list[Array]:
-    """[keys, values, scale of keys, scale of values] or [latents, scale], all with heads behind pages."""
+    """[keys, values, scale of keys, scale of values] or [latents, scale], all with heads behind pages.
+
+    Keys of 64 components are handed over transposed. XLA lays out [P, k, page, 64] with the page along the lanes, so
+    that no lane is empty; the transpose is then no operation, and without it XLA copies the whole pool.
+    """
     if isinstance(cache, LatentCache):
         return [pool[:, None] for pool in cache if pool is not None]
-    return [pool for pool in cache if pool is not None]
+    pools = [pool for pool in cache if pool is not None]
+    return [jnp.swapaxes(pools[0], 2, 3), *pools[1:]] if head_size(cache) % LANES else pools
 
 
 def _call(
@@ -92,11 +97,13 @@ def _call(
     q_rkmh = (work.q_rkmh.astype(jnp.float32) * options.scale).astype(dtype)
 
     def at(width, whole=1):
-        return pl.BlockSpec((1, k, m, width), lambda core, i, *_: ((core * per_core + i) // whole, 0, 0, 0))
+        return pl.BlockSpec(
+            (1, k, m, width), lambda core, i, *_: (jax.lax.div(core * per_core + i, whole), 0, 0, 0)
+        )
 
     body = functools.partial(
         _kernel, options=options, each=each, per_core=per_core, slots=slots, table_pages=table_bp.shape[1],
-        pools=len(pools), latent=latent, value_size=value_size,
+        pools=len(pools), latent=latent, turned=latent or h % LANES != 0, value_size=value_size,
     )  # fmt: skip
     return pl.pallas_call(
         body,
@@ -143,7 +150,7 @@ def _ahead(work: Pieces, cores: int) -> Array:
 def _kernel(
     table, sequences, ends, first, last, ahead, q_ref, *refs,
     options: Options, each: int, per_core: int, slots: int, table_pages: int, pools: int, latent: bool,
-    value_size: int,
+    turned: bool, value_size: int,
 ):  # fmt: skip
     """One piece. `cursor` holds (piece of the next copy, its page, pages consumed so far), of this core."""
     hbm, (out_ref, lse_ref), ring = refs[:pools], refs[pools : pools + 2], refs[pools + 2 : 2 * pools + 2]
@@ -205,7 +212,18 @@ def _kernel(
                 copy.wait()
             buffers = [buffer.at[slot] for buffer in ring]
             _use_page(
-                q_ref.at[0], buffers, latent, page, ends[piece], acc, top, total, options, each, value_size
+                q_ref.at[0],
+                buffers,
+                latent,
+                turned,
+                page,
+                ends[piece],
+                acc,
+                top,
+                total,
+                options,
+                each,
+                value_size,
             )
 
     # A piece that saw nothing has total 0 and top -inf.
@@ -215,9 +233,12 @@ def _kernel(
 
 
 def _use_page(
-    q_ref, buffers, latent, page, end, acc, top, total, options: Options, each: int, value_size: int
+    q_ref, buffers, latent, turned, page, end, acc, top, total, options: Options, each: int, value_size: int
 ):
-    """Update the running softmax of every head with one page; `end` is one past the last query's position."""
+    """Update the running softmax of every head with one page; `end` is one past the last query's position.
+
+    Keys are [page, h], or [h, page] if `turned`.
+    """
     heads, m, _ = q_ref.shape
     keys, values = (buffers[0], buffers[0]) if latent else buffers[:2]
     scales = buffers[1:] * 2 if latent else buffers[2:]
@@ -241,8 +262,7 @@ def _use_page(
     if options.window is not None:
         visible &= distance < options.window
     for head in range(heads):
-        contract = ((1,), (0,)) if latent else ((1,), (1,))
-        logits = _dot(q_ref[head], keys[head].astype(dtype), contract)
+        logits = _dot(q_ref[head], keys[head].astype(dtype), ((1,), (0 if turned else 1,)))
         if scales:
             logits = logits * scales[0][head][None]
         if options.softcap is not None:
