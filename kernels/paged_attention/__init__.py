@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from maxstack.kernels import Unsupported
 from maxstack.kernels.dispatch import choose
-from maxstack.kernels.paged_attention import mosaic_tpu, plan, reference, xla
+from maxstack.kernels.paged_attention import mosaic_gpu, mosaic_tpu, plan, reference, xla
 from maxstack.kernels.paged_attention.cache import (
     KVCache,
     LatentCache,
@@ -34,7 +34,9 @@ __all__ = [
 
 Implementation = Literal["auto", "xla", "reference", "mosaic_gpu", "mosaic_tpu"]
 # Best first.
-BACKENDS: dict[str, ModuleType] = {"mosaic_tpu": mosaic_tpu, "xla": xla, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "xla": xla, "reference": reference,
+}  # fmt: skip
 
 
 def paged_attention(
