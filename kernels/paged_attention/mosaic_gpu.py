@@ -9,8 +9,8 @@ The products are turned around, for a matrix unit wants 64 rows and decoding has
 
 The one barrier of a page, after the weights are in shared memory, also says that every thread is done with the page
 before; only then is its buffer filled again. Pages of 8 and 4 bits become bfloat16 in registers, on their way into
-the product, and scales multiply logits and weights. There are at least two warpgroups an SM to overlap: one waits for
-its memory while the other computes.
+the product, and scales multiply logits and weights. Shared memory holds one piece of bfloat16 heads of 128 an SM (201
+KiB), two of int8 and four of int4, which overlap: one waits for its memory while another computes.
 """
 
 import functools
@@ -30,7 +30,9 @@ from maxstack.kernels.paged_attention.plan import Options, Pieces, joined, piece
 PAGE = 128
 STAGES = 3
 MOST_ROWS = 32
-"""Query rows of a piece; logits and output take one register a thread and row each (two for heads of 256)."""
+"""Query rows of a piece; logits and output take a register a thread and row each."""
+MOST_ROWS_BFLOAT16 = 16
+"""Of heads of 128, where clearing values takes registers too: with 32 ptxas spills."""
 SMS = 132
 HIDDEN = -1e30
 """Where the running maximum starts: finite, so that a difference with it is no nan."""
@@ -65,7 +67,14 @@ def declined(q_btnh, cache: KVCache | LatentCache, value_size: int) -> str | Non
 
 def default_splits(q_btnh, cache, table_pages: int) -> int:
     """So many that each SM has two warpgroups, if sequences are long enough."""
-    return max(1, min(-(-2 * SMS // (q_btnh.shape[0] * cache.k_pages.shape[1])), table_pages))
+    (b, t, n, _), k = q_btnh.shape, cache.k_pages.shape[1]
+    each = max(1, min(t, _most_rows(cache) // (n // k)))
+    return max(1, min(-(-2 * SMS // (b * k * -(-t // each))), table_pages))
+
+
+def _most_rows(cache: KVCache) -> int:
+    wide = cache.k_pages.dtype == jnp.bfloat16 and head_size(cache) == 128
+    return MOST_ROWS_BFLOAT16 if wide else MOST_ROWS
 
 
 def paged_attention(
@@ -85,7 +94,7 @@ def paged_attention(
     """
     b, t = q_btnh.shape[:2]
     kv_heads = cache.k_pages.shape[1]
-    work, each = pieces(q_btnh, kv_heads, lengths_b, options, PAGE, table_bp.shape[1], MOST_ROWS)
+    work, each = pieces(q_btnh, kv_heads, lengths_b, options, PAGE, table_bp.shape[1], _most_rows(cache))
     m = work.q_rkmh.shape[2]
     work = work._replace(q_rkmh=jnp.pad(work.q_rkmh, ((0, 0), (0, 0), (0, -m % 8), (0, 0))))
     out_rkhm, top, total = (
@@ -159,7 +168,6 @@ def _kernel(given, kept, outs, options: Options, each: int, group: int):
     sequence, first, end = given["sequences"][piece], given["first"][piece], given["ends"][piece]
     pages = given["last"][piece] - first
     h, m = kept["v"].shape[1], kept["q"].shape[0]
-    base2 = math.log2(math.e)
 
     def fetch(i):
         where = jnp.maximum(given["table"][sequence, first + i], 0)
@@ -182,17 +190,8 @@ def _kernel(given, kept, outs, options: Options, each: int, group: int):
         left = jnp.where(there, end - (first + i) * PAGE, -PAGE - each)
 
         plgpu.barrier_wait(kept["k_here"].at[slot])
-        logits = _product(kept, "k", slot, kept["q"].T, (PAGE, m))
-        factor = options.scale * (base2 if options.softcap is None else 1 / options.softcap)
-        if "k_scale" in kept:
-            scale = plgpu.load(kept["k_scale"].at[slot], layout=BY_KEY) * factor
-            logits = logits * lax.broadcast_in_dim(scale, (PAGE, m), [0])
-        else:
-            logits = logits * factor
-        if options.softcap is not None:
-            logits = jnp.tanh(logits) * (options.softcap * base2)
         visible = _visible(left, m, options, each, group)
-        logits = jnp.where(visible, logits, -jnp.inf)
+        logits = jnp.where(visible, _logits(kept, slot, m, options), -jnp.inf)
         new_top = jnp.maximum(top, logits.max(0))
         keep = jnp.exp2(top - new_top)
         weights = jnp.exp2(logits - lax.broadcast_in_dim(new_top, (PAGE, m), [1]))
@@ -227,8 +226,21 @@ def _kernel(given, kept, outs, options: Options, each: int, group: int):
         ref[piece, head] = value
 
 
+def _logits(kept, slot, m: int, options: Options):
+    """[page, m], so that a weight is 2 to their power."""
+    logits = _product(kept, "k", slot, kept["q"].T, (PAGE, m))
+    base2 = math.log2(math.e)
+    factor = options.scale * (base2 if options.softcap is None else 1 / options.softcap)
+    if "k_scale" in kept:
+        scale = plgpu.load(kept["k_scale"].at[slot], layout=BY_KEY) * factor
+        logits = logits * lax.broadcast_in_dim(scale, (PAGE, m), [0])
+    else:
+        logits = logits * factor
+    return logits if options.softcap is None else jnp.tanh(logits) * (options.softcap * base2)
+
+
 def _product(kept, name: str, slot, right, shape):
-    """`pages · right` in float32; pages of few bits become bfloat16 in registers (or in shared memory, if it is there)."""
+    """`pages · right` in float32; few bits become bfloat16 in registers, or through shared memory that is there."""
     pages = kept[name].at[slot]
     if pages.dtype != jnp.bfloat16:
         upcast = plgpu.Layout.WGMMA_UPCAST_2X if pages.dtype == jnp.int8 else plgpu.Layout.WGMMA_UPCAST_4X
@@ -261,6 +273,8 @@ def _visible(left, m: int, options: Options, each: int, group: int):
 
 def _clear_values(values_ref, left, h: int):
     """Zeros for values from `left` on: they may be anything, nan too, and 0 · nan is nan."""
-    keys = plgpu.broadcasted_iota(jnp.int32, (h, PAGE), 1, layout=ROWS)
-    values = plgpu.load(values_ref, layout=ROWS)
-    values_ref[...] = jnp.where(keys < left, values, jnp.zeros_like(values))
+    keys = plgpu.broadcasted_iota(jnp.int32, (64, PAGE), 1, layout=ROWS)
+    for rows in range(0, h, 64):  # a few registers at a time
+        part = values_ref.at[pl.ds(rows, 64)]
+        values = plgpu.load(part, layout=ROWS)
+        part[...] = jnp.where(keys < left, values, jnp.zeros_like(values))
