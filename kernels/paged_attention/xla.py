@@ -109,15 +109,24 @@ def _attend(cache, rows, t: int, options: Options, value_size: int, block_tokens
         return new_top, total_rkm, out_rkwm * keep[:, :, None] + part.sum(1)
 
     steps = jnp.max(-(-(ends_r - starts_r) // pages), initial=0)
-    nothing = (
-        jnp.full((r, k, m), -jnp.inf, jnp.float32),
-        jnp.zeros((r, k, m), jnp.float32),
-        jnp.zeros((r, k, value_size, m), jnp.float32),
+    nothing = _varying_like(
+        (
+            jnp.full((r, k, m), -jnp.inf, jnp.float32),
+            jnp.zeros((r, k, m), jnp.float32),
+            jnp.zeros((r, k, value_size, m), jnp.float32),
+        ),
+        (cache, rows),
     )
     top, total, out = jax.lax.fori_loop(0, steps, step, nothing)
     safe = jnp.where(total > 0, total, 1)
     lse = jnp.where(total > 0, finite(top) + jnp.log(safe), -jnp.inf)
     return jnp.swapaxes(out / safe[:, :, None], 2, 3), lse
+
+
+def _varying_like(state, like):
+    """Inside `jax.shard_map` a loop's state differs between devices from the start, as what it is made from does."""
+    axes = frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in jax.tree.leaves(like)))
+    return jax.tree.map(lambda array: jax.lax.pcast(array, tuple(sorted(axes)), to="varying"), state)
 
 
 def _any_row(visible_rckpm):

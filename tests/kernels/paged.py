@@ -3,6 +3,7 @@
 import itertools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,6 +66,13 @@ def paged(lengths, *, heads=2, size=8, page=8, entries=4, spare=3, kind="float32
         seen.append(exact)
     k_pages, k_scale, v_pages, v_scale = pools
     return Paged(seen[0], seen[1], KVCache(k_pages, v_pages, k_scale, v_scale), table, lengths)
+
+
+def moved(made: Paged, seed: int = 3) -> Paged:
+    """The same sequences in other pages."""
+    to = np.random.default_rng(seed).permutation(len(made.cache.k_pages))
+    cache = jax.tree.map(lambda pool: jnp.zeros_like(pool).at[to].set(pool), made.cache)
+    return made._replace(cache=cache, table=to[made.table].astype(np.int32))
 
 
 def latent_cache(made: Paged, kind: str) -> LatentCache:

@@ -21,7 +21,7 @@ from maxstack.kernels.paged_attention import (
     latent_paged_attention,
     paged_attention,
 )  # fmt: skip
-from tests.kernels.paged import PAGE_TYPES, brute_force, held, latent_cache, paged, queries, rounded
+from tests.kernels.paged import PAGE_TYPES, brute_force, held, latent_cache, moved, paged, queries, rounded
 
 # Float32 against float64: a few roundings of sums of tens of terms of size 1.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -77,13 +77,6 @@ def test_sequences_that_hold_nothing_give_zeros_and_no_lse():
     out, lse = run(queries(2, 2, 4, 8), made.cache, made.table, made.lengths, return_lse=True)
     assert not out.any()
     assert np.isneginf(lse).all()
-
-
-def moved(made, seed=3):
-    """The same sequences in other pages."""
-    to = np.random.default_rng(seed).permutation(len(made.cache.k_pages))
-    cache = jax.tree.map(lambda pool: jnp.zeros_like(pool).at[to].set(pool), made.cache)
-    return made._replace(cache=cache, table=to[made.table].astype(np.int32))
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8", "packed int4"])
@@ -295,3 +288,17 @@ def test_bad_calls_are_refused_with_the_numbers():
         match="'mosaic_tpu' cannot serve this call: pages have 8 tokens; it needs a multiple of 128",
     ):
         call(implementation="mosaic_tpu")
+
+
+def test_heads_cut_over_devices_equal_one():
+    made, q = paged((20, 32), kind="int8"), queries(2, 1, 4, 8)
+    mesh = jax.make_mesh((2,), ("tensor",))
+    heads, whole = jax.P(None, "tensor"), jax.P()
+    cut = jax.shard_map(
+        lambda q, cache, table, lengths: paged_attention(q, cache, table, lengths, splits=2),
+        mesh=mesh, in_specs=(heads, heads, whole, whole), out_specs=heads,
+    )  # fmt: skip
+    arrays = (q[:, 0], made.cache, jnp.asarray(made.table), jnp.asarray(made.lengths))
+    np.testing.assert_array_equal(jax.jit(cut)(*arrays), run(*arrays, splits=2))
+    with pytest.raises(Unsupported, match=r"lie on a mesh; call it inside jax.shard_map"):
+        paged_attention(jax.device_put(arrays[0], jax.NamedSharding(mesh, heads)), *arrays[1:])

@@ -13,7 +13,7 @@ from maxstack.kernels import Unsupported
 from maxstack.kernels.dispatch import Chip, compiling_for
 from maxstack.kernels.paged_attention import init_cache, mosaic_gpu, paged_attention, plan
 from tests.kernels.chips import HOPPER, compiled_for, needs_cuda_compiler
-from tests.kernels.paged import brute_force, paged, queries
+from tests.kernels.paged import brute_force, moved, paged, queries
 
 # Queries, weights and values meet in bfloat16 (8 bits): a hundredth of outputs of size 1, on the safe side.
 CLOSE = {"rtol": 0, "atol": 1.5e-2}
@@ -60,6 +60,22 @@ def test_interpreted_kernel_equals_brute_force_without_races(case, size):
     wanted = brute_force(np.asarray(q, np.float64), made.k, made.v, lengths, sinks=sinks, **options)
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, **CLOSE)
+
+
+@pytest.mark.slow
+def test_where_pages_lie_changes_no_bit_and_bad_entries_are_hidden():
+    made = paged((300, 129), heads=1, size=64, page=128, entries=3, kind="bfloat16")
+    q, other = queries(2, 1, 2, 64, "bfloat16"), moved(made)
+    one = interpreted(q, made.cache, made.table, made.lengths)
+    two = interpreted(q, other.cache, other.table, other.lengths)
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(a, b)
+    table = made.table.copy()
+    table[0, 1], table[1, 0] = -7, 10**6
+    hidden = {(0, s) for s in range(128, 256)} | {(1, s) for s in range(128)}
+    wanted = brute_force(np.asarray(q, np.float64), made.k, made.v, made.lengths, hidden=hidden)
+    for found, exact in zip(interpreted(q, made.cache, table, made.lengths), wanted, strict=True):
+        np.testing.assert_allclose(found, exact, **CLOSE)
 
 
 # (query heads, kv heads, head size) of models with 1, 8 and 70 billion weights; 64 sequences of up to 8,192 tokens.

@@ -19,7 +19,7 @@ from maxstack.kernels.paged_attention import (
     plan,
 )
 from tests.kernels.chips import TPUS, compiled_for, needs_libtpu
-from tests.kernels.paged import brute_force, latent_cache, paged, queries
+from tests.kernels.paged import brute_force, latent_cache, moved, paged, queries
 
 # Weights and values meet in bfloat16 (8 bits): a hundredth of outputs of size 1, on the safe side.
 CLOSE = {"rtol": 0, "atol": 1.5e-2}
@@ -83,6 +83,7 @@ def test_interpreted_kernel_equals_brute_force_without_races(case, size):
         np.testing.assert_allclose(one, other, **close)
 
 
+@pytest.mark.slow
 def test_bad_entries_are_hidden():
     made, q = paged((300, 256), heads=1, size=64, page=128, entries=3), queries(2, 1, 2, 64)
     table = made.table.copy()
@@ -91,6 +92,19 @@ def test_bad_entries_are_hidden():
     wanted = brute_force(np.asarray(q, np.float64), made.k, made.v, made.lengths, hidden=hidden)
     for one, other in zip(interpreted(q, made.cache, table, made.lengths), wanted, strict=True):
         np.testing.assert_allclose(one, other, **EXACT)
+
+
+@pytest.mark.slow
+def test_where_pages_lie_changes_no_bit():
+    made, q = (
+        paged((300, 0, 129), size=64, page=128, entries=3, kind="int8"),
+        queries(3, 1, 4, 64, "bfloat16"),
+    )
+    other = moved(made)
+    one = interpreted(q, made.cache, made.table, made.lengths)
+    two = interpreted(q, other.cache, other.table, other.lengths)
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.slow
