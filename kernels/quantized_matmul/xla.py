@@ -15,7 +15,7 @@ from maxstack.kernels.quantized_matmul.weight import QuantizedWeight, dequantize
 FEW_TOKENS = 64
 """Up to this many a product for each group is scaled after; beyond, [tokens, groups, outputs] would be the larger."""
 FEW_CPU_TOKENS = 2
-"""Up to this many rows XLA:CPU multiplies and sums what it converts; a product of matrices would write that down first."""
+"""Up to this many rows XLA:CPU multiplies and sums while it converts; a product would write the matrix down first."""
 TILE_BYTES = 1 << 24
 """Of a tile of the matrix in float32."""
 LARGEST_INT8 = 127
@@ -67,6 +67,13 @@ def without_zeros(y_tn: Array, sums_tg: Array, w: QuantizedWeight) -> Array:
 def by_rows(x_tk: Array, w: QuantizedWeight) -> Float[Array, "t n"]:
     """Row by row, multiplied and summed while values are converted: XLA fuses this, and reads each byte once a row."""
     pairs, sums_tg = operands(x_tk.astype(jnp.float32), w)
+    if (
+        w.values.dtype == jnp.int8 and w.group == w.inputs
+    ):  # without an axis of one group XLA:CPU is twice as fast
+        ((x_tgj, q_ngj),) = pairs
+        x, q = x_tgj[:, 0], q_ngj[:, 0]
+        rows = jnp.stack([(own * q.astype(jnp.float32)).sum(-1) for own in x])
+        return without_zeros(rows * w.scale.astype(jnp.float32), sums_tg, w)
     rows = []
     for row in range(x_tk.shape[0]):
         y_ng = sum((x_tgj[row] * q_ngj.astype(jnp.float32)).sum(-1) for x_tgj, q_ngj in pairs)

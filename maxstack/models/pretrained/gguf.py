@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maxstack.config import UserError
+from maxstack.kernels.quantized_matmul import Kind
 from maxstack.models.families import read_config
 from maxstack.models.families.family import Family
 from maxstack.models.families.keys import Keys
@@ -151,14 +152,18 @@ def llama3_factors(rope: RopeConfig, size: int) -> np.ndarray:
 
 
 def load_gguf(
-    file: Path, *, dtype: Dtype | None = None, mesh: Mesh | None = None, kept: str | None = None
-) -> tuple[Transformer, Mapping[str, Any]]:
-    """The model of a GGUF file and the file's metadata. Weights are decoded to `kept`, by default the compute type."""
+    file: Path, *, dtype: Dtype | None = None, mesh: Mesh | None = None, kept: str | None = None,
+    packed: Kind | None = None,
+) -> tuple[Transformer, Mapping[str, Any]]:  # fmt: skip
+    """The model of a GGUF file and the file's metadata. Weights are decoded to `kept`, by default the compute type, and
+    those of linear layers then packed in few bits if asked for."""
     source = GGUF(file)
     try:
         names = frozenset(source.names())
         factors = source.read(FACTORS) if FACTORS in names else None
         family, config = described(source.metadata, names, factors, str(file))
-        return load_tensors(family, config, source, dtype=dtype, mesh=mesh, kept=kept), source.metadata
+        return load_tensors(
+            family, config, source, dtype=dtype, mesh=mesh, kept=kept, packed=packed
+        ), source.metadata
     finally:
         source.close()
