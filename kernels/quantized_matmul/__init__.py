@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from maxstack.kernels import Unsupported
-from maxstack.kernels.dispatch import choose, only_on
-from maxstack.kernels.quantized_matmul import native, reference, xla
+from maxstack.kernels.dispatch import chip, choose, only_on
+from maxstack.kernels.quantized_matmul import mosaic_gpu, mosaic_tpu, native, reference, xla
 from maxstack.kernels.quantized_matmul.weight import (
     KINDS,
     Kind,
@@ -26,7 +26,7 @@ __all__ = [
     "quantized_matmul", "stored",
 ]  # fmt: skip
 
-Implementation = Literal["auto", "cpu_native", "xla", "reference"]
+Implementation = Literal["auto", "mosaic_tpu", "mosaic_gpu", "cpu_native", "xla", "reference"]
 Activations = Literal["float", "int8"]
 NAME = "quantized_matmul"
 
@@ -46,7 +46,10 @@ def quantized_matmul(
     """
     check(x, w, activations)
     x_tk = x.reshape(-1, w.inputs)
-    taken = choose(NAME, implementation, declined(x_tk, w, activations), named_only=("reference",))
+    backends = declined(x_tk, w, activations)
+    if implementation == "auto":
+        backends["mosaic_gpu"] = backends["mosaic_gpu"] or mosaic_gpu.worth(x_tk.shape[0])
+    taken = choose(NAME, implementation, backends, named_only=("reference",))
     y_tn = product(taken, activations, jnp.dtype(dtype or x.dtype), x_tk, w)
     return y_tn.reshape(*x.shape[:-1], w.outputs)
 
@@ -55,10 +58,25 @@ def declined(x_tk: Array, w: QuantizedWeight, activations: Activations) -> dict[
     """The backends, best first, each with why it cannot serve this call."""
     rounding = "it takes activations as they are" if activations == "int8" else None
     return {
+        "mosaic_tpu": only_on("tpu") or int8_on(chip().name, activations) or mosaic_tpu.declined(x_tk, w),
+        "mosaic_gpu": only_on("gpu") or hopper() or rounding or mosaic_gpu.declined(x_tk, w),
         "cpu_native": only_on("cpu") or rounding or native.declined(x_tk.shape[0], w),
         "xla": None,
         "reference": rounding,
     }
+
+
+def hopper() -> str | None:
+    """Why the Hopper kernel cannot run here."""
+    here = chip().name
+    return None if here.startswith("sm90") else f"it is written for Hopper (sm90), and this is {here}"
+
+
+def int8_on(name: str, activations: Activations) -> str | None:
+    """Why a TPU cannot multiply int8 with int8."""
+    if activations == "int8" and name in mosaic_tpu.WITHOUT_INT8:
+        return f"{name} has no products of int8; leave activations float"
+    return None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -66,9 +84,15 @@ def product(taken: str, activations: Activations, dtype: jnp.dtype, x_tk: Array,
     """The product by the backend `taken`. No token: nothing to do."""
     if x_tk.shape[0] == 0:
         return jnp.zeros((0, w.outputs), dtype)
+    if activations == "int8":
+        q_tk, scale_t = xla.rounded_rows(x_tk)
+        form = mosaic_tpu.int8_product if taken == "mosaic_tpu" else xla.int8_product
+        return form(q_tk, scale_t, w).astype(dtype)
     forms = {
+        "mosaic_tpu": mosaic_tpu.quantized_matmul,
+        "mosaic_gpu": mosaic_gpu.quantized_matmul,
         "cpu_native": native.quantized_matmul,
-        "xla": xla.int8_product if activations == "int8" else xla.quantized_matmul,
+        "xla": xla.quantized_matmul,
         "reference": reference.quantized_matmul,
     }
     return forms[taken](x_tk, w).astype(dtype)

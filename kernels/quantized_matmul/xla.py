@@ -139,9 +139,8 @@ def rounded_rows(x_tk: Float[Array, "t k"]) -> tuple[Array, Array]:
     return jnp.round(wide / step).astype(jnp.int8), scale_t
 
 
-def int8_product(x_tk: Float[Array, "t k"], w: QuantizedWeight) -> Float[Array, "t n"]:
+def int8_product(q_tk: Array, scale_t: Array, w: QuantizedWeight) -> Float[Array, "t n"]:
     """Both in int8, summed in int32: exact but for the rounding of x."""
-    q_tk, scale_t = rounded_rows(x_tk)
     contracted = (((1,), (1,)), ((), ()))
     y_tn = jax.lax.dot_general(q_tk, w.values, contracted, preferred_element_type=jnp.int32)
     return y_tn.astype(jnp.float32) * scale_t[:, None] * w.scale.astype(jnp.float32)
