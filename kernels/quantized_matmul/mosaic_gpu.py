@@ -8,7 +8,9 @@ warpgroup, so that few tokens waste nothing. Three warpgroups a block, and what 
     outputs 1  |        |wait|values -> bf16|wgmma|scale, add|values -> bf16|wgmma|scale, add| ...
 
 A stage is 128 inputs of 128 outputs. Each group's sum is scaled after its product, in float32: no weight is rounded
-again. Where there are too few blocks for the chip, several share the inputs of a tile and their sums are added after.
+again. What a stage held is in registers before it is given back, so that the barrier alone orders its reading and the
+next loading. Where there are too few blocks for the chip, several share the inputs of a tile and their sums are added
+after.
 """
 
 import functools
@@ -171,6 +173,7 @@ def block(
         def multiply(step, total):
             stage = jax.lax.rem(step, stages)
             plgpu.barrier_wait(ready.at[stage])
+            scales = [scale_of(ss.at[stage, g, rows]) for g in range(each)] if grouped else []
             values = values_of(ws.at[stage, rows])
             if through_memory:
                 wide[own] = values
@@ -185,14 +188,18 @@ def block(
 
                 part = pl.run_scoped(sums, plgpu.ACC((ROWS, size), jnp.float32))
                 if grouped:
-                    scale = plgpu.load(ss.at[stage, g, rows], layout=plgpu.Layout.WGMMA.reduce(1))
-                    part = part * jax.lax.broadcast_in_dim(scale.astype(jnp.float32), part.shape, [0])
+                    part = part * jax.lax.broadcast_in_dim(scales[g], part.shape, [0])
                 total = total + part
             plgpu.barrier_arrive(free.at[stage])
             return total
 
         total = jax.lax.fori_loop(0, steps, multiply, total)
         y_pnt[p, pl.ds(n * GROUPS * ROWS + own * ROWS, ROWS), pl.ds(t * size, size)] = total
+
+
+def scale_of(ref) -> Array:
+    """A scale for each output, where its sums lie."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)).astype(jnp.float32)
 
 
 def values_of(ref) -> Array:
