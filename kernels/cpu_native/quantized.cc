@@ -83,25 +83,46 @@ static ffi::Error Int8Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi
 namespace {
 
 // int4. A word of 32 bits holds the eight values of inputs 8i to 8i + 7, so that a vector of words is a chunk of
-// 8 * kLanes inputs. Value j of each word, shifted into the top of a float's fraction, with the exponent of 1 in front
-// and its sign bit flipped, reads as the float 1.5 + q / 16: no conversion. What is too much, 1.5 times the sum of x,
-// is where the sum begins; so x is laid out once as [chunk, j, lane] with -1.5 times the sum over j behind.
+// 8 * kLanes inputs. With its sign bit flipped, value j is q + 8 and stands where the word has its bits 4j to 4j + 3:
+// masked and converted as it stands it is (q + 8) 16^j, and x has been divided by 16^j, a power of two, once. What is
+// too much, 8 times the sum of x, is where the sum begins; so x is laid out as [chunk, j, lane] with -8 times the sum
+// over j behind.
 
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
 constexpr int64_t kChunk = 8 * kLanes, kChunkBytes = kChunk / 2;
 constexpr int64_t kLaid = 9 * kLanes;  // floats of x a chunk
-constexpr uint32_t kFraction = 0xFu << 19, kOne = 0x3FC00000u;
+constexpr uint32_t kSigns = 0x88888888u;
 
+// Not left to the compiler, which may take an addition apart under -ffast-math.
+inline Vec add_product(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Vec converted(Words words) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps((__m512i)words);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps((__m256i)words);
+#else
+  typedef int32_t Signed __attribute__((vector_size(kLanes * 4)));
+  return (Vec)__builtin_convertvector((Signed)words, Vec);
+#endif
+}
+
+// (q + 8) 16^J, but for the last one q + 8: its mask would be a sign.
 template <int J>
 inline Vec value(Words words) {
-  constexpr int kLeft = 19 - 4 * J;
-  Words there;
-  if constexpr (kLeft >= 0)
-    there = words << kLeft;
+  if constexpr (J == 7)
+    return converted(words >> 28);
   else
-    there = words >> -kLeft;
-  return (Vec)((there & kFraction) ^ kOne);
+    return converted(words & (0xFu << (4 * J)));
 }
 
 inline Words words_at(const uint8_t* p, int64_t bytes) {
@@ -144,11 +165,11 @@ inline void add_values(Vec (&acc)[B][R], const Words (&words)[R], const float* x
   for (int b = 0; b < B; ++b) part[b] = load(x + b * stride + J * kLanes);
   for (int r = 0; r < R; ++r) {
     Vec q = value<J>(words[r]);
-    for (int b = 0; b < B; ++b) acc[b][r] += part[b] * q;
+    for (int b = 0; b < B; ++b) acc[b][r] = add_product(part[b], q, acc[b][r]);
   }
 }
 
-// y[b, r] for B rows of x, laid out, and R rows of w; `scales` (times 16) and `zeros` are those of the R rows.
+// y[b, r] for B rows of x, laid out, and R rows of w; `scales` and `zeros` are those of the R rows.
 template <int B, int R, int kGroup, bool kZeros>
 inline void int4_tile(const Int4& s, const float* x, const uint8_t* w, const float* scales, const float* zeros,
                       float* y) {
@@ -158,7 +179,7 @@ inline void int4_tile(const Int4& s, const float* x, const uint8_t* w, const flo
     const float* own = x + c * kLaid;
     Words words[R];
     for (int r = 0; r < R; ++r)
-      words[r] = words_at(w + r * s.bytes + c * kChunkBytes, s.bytes - c * kChunkBytes);
+      words[r] = words_at(w + r * s.bytes + c * kChunkBytes, s.bytes - c * kChunkBytes) ^ kSigns;
     Vec acc[B][R];
     for (int b = 0; b < B; ++b)
       for (int r = 0; r < R; ++r) acc[b][r] = load(own + b * stride + 8 * kLanes);
@@ -174,9 +195,9 @@ inline void int4_tile(const Int4& s, const float* x, const uint8_t* w, const flo
       Vec scale = of_lanes<kGroup>(scales + r * s.groups, c);
       for (int b = 0; b < B; ++b) {
         Vec part = acc[b][r];
-        // -1.5 times the sum of x, divided by 24: minus a sixteenth of it, as the values are.
+        // An eighth of what stands there is minus the sum of x.
         if constexpr (kZeros)
-          part += load(own + b * stride + 8 * kLanes) * (of_lanes<kGroup>(zeros + r * s.groups, c) * (1.0f / 24));
+          part += load(own + b * stride + 8 * kLanes) * (of_lanes<kGroup>(zeros + r * s.groups, c) * (1.0f / 8));
         total[b][r] += part * scale;
       }
     }
@@ -201,6 +222,10 @@ inline float from_bf16(uint16_t bits) {
   return value;
 }
 
+// By what value j of a word is too large, upside down.
+constexpr float kPart[8] = {1,           1.0f / 16,        1.0f / 256,        1.0f / 4096, 1.0f / 65536,
+                            1.0f / 1048576, 1.0f / 16777216, 1};
+
 // x as the tiles read it. Past the last input it is 0.
 std::vector<float> laid_out(const float* x, int64_t rows, const Int4& s) {
   std::vector<float> laid(rows * s.chunks * kLaid, 0.0f);
@@ -210,19 +235,19 @@ std::vector<float> laid_out(const float* x, int64_t rows, const Int4& s) {
       const float* from = x + b * s.k + c * kChunk;
       int64_t here = std::min(kChunk, s.k - c * kChunk);
       for (int64_t i = 0; i < here; ++i) {
-        own[i % 8 * kLanes + i / 8] = from[i];
-        own[8 * kLanes + i / 8] -= 1.5f * from[i];
+        own[i % 8 * kLanes + i / 8] = from[i] * kPart[i % 8];
+        own[8 * kLanes + i / 8] -= 8 * from[i];
       }
     }
   return laid;
 }
 
 // Numbers [groups, n] of the outputs [o, end) as [output, group], padded to whole chunks.
-void turned(const uint16_t* from, int64_t from_groups, const Int4& s, int64_t o, int64_t end, float factor,
+void turned(const uint16_t* from, int64_t from_groups, const Int4& s, int64_t o, int64_t end,
             std::vector<float>& to) {
   to.assign((end - o) * s.groups + kLanes, 0.0f);
   for (int64_t g = 0; g < from_groups; ++g)
-    for (int64_t r = o; r < end; ++r) to[(r - o) * s.groups + g] = factor * from_bf16(from[g * s.n + r]);
+    for (int64_t r = o; r < end; ++r) to[(r - o) * s.groups + g] = from_bf16(from[g * s.n + r]);
 }
 
 template <int kGroup, bool kZeros>
@@ -235,8 +260,8 @@ void int4_pieces(ffi::ThreadPool& pool, Int4 s, int64_t rows, const float* x, co
   deal(pool, pieces, [=](int64_t i) {
     int64_t first = i * block, o = first, end = std::min(s.n, o + block);
     thread_local std::vector<float> scales, zeros;
-    turned(scale, groups, s, o, end, 16.0f, scales);
-    if (kZeros) turned(zero, groups, s, o, end, 1.0f, zeros);
+    turned(scale, groups, s, o, end, scales);
+    if (kZeros) turned(zero, groups, s, o, end, zeros);
     auto run = [&](auto step) {
       constexpr int R = decltype(step)::value;
       for (; o + R <= end; o += R) {
