@@ -6,7 +6,7 @@ scale, away from what it was.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +40,13 @@ FORMS = {
 class QuantizedWeight:
     """A matrix [N outputs, K inputs]. Arrays may have further axes in front, alike in all of them."""
 
-    values: Shaped[Array, "..."]
+    # Any: jax puts other things where arrays are.
+    values: Any
     """int8 [N, K]; or int4 [N, K], two a byte on an accelerator; or uint8 [N, ⌈K/2⌉] with two int4 in a byte, the even
     input in the low half."""
-    scale: Float[Array, "..."]
+    scale: Any
     """[⌈K/group⌉, N]: the last group may be a shorter one."""
-    zero: Float[Array, "..."] | None
+    zero: Any
     """Whole numbers, shaped and typed as `scale`; None: 0 everywhere."""
     inputs: int = dataclasses.field(metadata={"static": True})
     """K."""

@@ -24,6 +24,8 @@ from maxstack.models.packed import ARRAYS, Packed, PackedLinear, PackedMatrix
 from maxstack.models.transformer import Transformer
 
 HEAD_KIND: Kind = "int8"
+RUN = 1 << 24
+"""Weights that are rounded at once: 64 MiB in float32, a few times that while they are."""
 
 
 class Place(NamedTuple):
@@ -56,17 +58,17 @@ class Packing:
     def __call__(self, leaf: str, array: jax.Array) -> dict[str, jax.Array]:
         """What the packed model has in place of a leaf, by name.
 
-        Matrix by matrix: beside the leaf itself, only one is there in float32. Raises UserError for weights that are
+        Matrix by matrix, and a large one in runs of outputs: beside the leaf itself, only one is there in float32. Raises UserError for weights that are
         not finite.
         """
         if leaf not in self.places:
             return {leaf: array}
         place = self.places[leaf]
         stacked = array.shape[: array.ndim - place.axes]
-        parts = [quantized(array[index], place, self.storage) for index in np.ndindex(*stacked)]
+        parts = [packed_matrix(array[index], place, self.storage) for index in np.ndindex(*stacked)]
         found = {leaf: array} if place.kept else {}
-        for name in ARRAYS:
-            arrays = [np.asarray(getattr(part, name)) for part in parts]
+        for at, name in enumerate(ARRAYS):
+            arrays = [part[at] for part in parts]
             if name == "scale" and not all(np.isfinite(a.astype(np.float32)).all() for a in arrays):
                 raise UserError(
                     f"{leaf} has weights that are not finite: they cannot be rounded to {place.kind}"
@@ -96,6 +98,25 @@ def matrix_of(array: Array, contract: int) -> Array:
 def quantized(array: Array, place: Place, storage: Storage) -> QuantizedWeight:
     """One matrix, rounded."""
     return rounded(array, place.contract, place.kind, storage)
+
+
+def packed_matrix(array: Array, place: Place, storage: Storage) -> tuple[np.ndarray, np.ndarray]:
+    """Values and scales of one matrix, run by run."""
+    outputs = array.size // math.prod(array.shape[: place.contract] or array.shape[1:])
+    size = max(1, RUN // (array.size // outputs))
+    found = []
+    for start in range(0, outputs, size):
+        if size >= outputs:
+            run = array
+        elif place.contract == 0:
+            run = array[start : start + size]
+        else:  # [inputs, outputs], so that a run of outputs is a slice
+            run = array.reshape(-1, outputs)[:, start : start + size]
+        own = place if size >= outputs or place.contract == 0 else place._replace(contract=1)
+        w = quantized(run, own, storage)
+        found.append((np.asarray(w.values), np.asarray(w.scale)))
+    values, scales = zip(*found, strict=True)
+    return np.concatenate(values, 0), np.concatenate(scales, 1)
 
 
 @jax.jit(static_argnums=(1, 2, 3))

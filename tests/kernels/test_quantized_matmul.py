@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,6 +23,10 @@ from maxstack.kernels.quantized_matmul import (
 )  # fmt: skip
 
 MOST = {"int8": 127, "int4-g32": 7, "int4-g128": 7}
+# One program each, not one for every operation.
+rounding = jax.jit(quantize, static_argnames=("kind", "zero_points", "storage"))
+product = jax.jit(quantized_matmul, static_argnames=("implementation", "activations", "dtype"))
+full = jax.jit(dequantize)
 GROUP = {"int8": None, "int4-g32": 32, "int4-g128": 128}
 ALL = [("int8", False), *((kind, zeros) for kind in KINDS[1:] for zeros in (False, True))]
 HERE = ["xla", "reference", *(["cpu_native"] if cpu_native.available() else [])]
@@ -36,23 +41,22 @@ def drawn(*shape: int, seed: int = 0) -> np.ndarray:
 @functools.cache
 def example(n: int, k: int, kind: str, zeros: bool) -> tuple[np.ndarray, QuantizedWeight]:
     w_nk = drawn(n, k) * np.linspace(0.1, 3, n, dtype=np.float32)[:, None] + (0.7 if zeros else 0)
-    return w_nk, quantize(jnp.asarray(w_nk), kind, zero_points=zeros)
+    return w_nk, rounding(jnp.asarray(w_nk), kind, zero_points=zeros)
 
 
 def by_hand(w: QuantizedWeight) -> np.ndarray:
-    """Float64 weights from the bytes, one at a time."""
+    """Float64 weights from the bytes, input by input."""
     raw, k = np.asarray(w.values), w.inputs
     scale, zero = (None if a is None else np.asarray(a, np.float64) for a in (w.scale, w.zero))
     full = np.zeros((raw.shape[0], k))
-    for n in range(raw.shape[0]):
-        for i in range(k):
-            if raw.dtype == np.uint8:
-                four = (int(raw[n, i // 2]) >> (4 if i % 2 else 0)) & 15
-                value = four - 16 if four > 7 else four
-            else:
-                value = int(raw[n, i])
-            at = (i // w.group, n)
-            full[n, i] = (value - (0 if zero is None else zero[at])) * scale[at]
+    for i in range(k):
+        if raw.dtype == np.uint8:
+            four = (raw[:, i // 2].astype(int) >> (4 if i % 2 else 0)) & 15
+            value = np.where(four > 7, four - 16, four)
+        else:
+            value = raw[:, i].astype(int)
+        at = i // w.group
+        full[:, i] = (value - (0 if zero is None else zero[at])) * scale[at]
     return full
 
 
@@ -61,7 +65,7 @@ def by_hand(w: QuantizedWeight) -> np.ndarray:
 def test_a_weight_is_at_most_half_a_step_off(n, k, kind, zeros):
     w_nk, w = example(n, k, kind, zeros)
     found = by_hand(w)
-    np.testing.assert_allclose(np.asarray(dequantize(w)), found, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(full(w)), found, rtol=1e-6)
     step = np.repeat(np.asarray(w.scale, np.float64).T, w.group, axis=1)[:, :k]
     assert (np.abs(found - w_nk) <= step * (0.5 + 1e-4)).all()
     if (
@@ -76,9 +80,9 @@ def test_a_weight_is_at_most_half_a_step_off(n, k, kind, zeros):
 @pytest.mark.parametrize(("kind", "zeros"), ALL)
 def test_a_group_of_zeros_stays_zero_and_infinity_shows_in_its_scale(kind, zeros):
     w_nk = np.zeros((2, 256), np.float32)
-    assert (np.asarray(dequantize(quantize(jnp.asarray(w_nk), kind, zero_points=zeros))) == 0).all()
+    assert (np.asarray(full(rounding(jnp.asarray(w_nk), kind, zero_points=zeros))) == 0).all()
     w_nk[1, 255] = np.inf
-    scale = np.asarray(quantize(jnp.asarray(w_nk), kind, zero_points=zeros).scale, np.float32)
+    scale = np.asarray(rounding(jnp.asarray(w_nk), kind, zero_points=zeros).scale, np.float32)
     assert not np.isfinite(scale[-1, 1])
     assert np.isfinite(scale[:, 0]).all()
 
@@ -89,7 +93,7 @@ def test_bytes_and_int4_hold_the_same(kind):
     native = stored(w, "int4")
     assert native.values.dtype == jnp.int4
     assert native.shape == w.shape == (5, 130)
-    np.testing.assert_array_equal(np.asarray(dequantize(native)), np.asarray(dequantize(w)))
+    np.testing.assert_array_equal(np.asarray(full(native)), np.asarray(full(w)))
     np.testing.assert_array_equal(np.asarray(stored(native, "bytes").values), np.asarray(w.values))
 
 
@@ -100,7 +104,7 @@ def test_the_even_input_is_in_the_low_half_of_a_byte():
 
 def compare(w: QuantizedWeight, tokens: int, dtype, implementation: str, close: float) -> None:
     x = jnp.asarray(drawn(tokens, w.inputs, seed=1), dtype)
-    y = quantized_matmul(x, w, implementation=implementation)
+    y = product(x, w, implementation=implementation)
     assert y.dtype == dtype
     assert y.shape == (tokens, w.outputs)
     meant = np.asarray(x, np.float64) @ by_hand(w).T
@@ -119,7 +123,7 @@ def test_products_equal_float64(kind, zeros, tokens, implementation):
     compare(example(9, 200, kind, zeros)[1], tokens, jnp.bfloat16, implementation, 2**-7)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(
     st.sampled_from([1, 2, 3, 4, 7, 16, 17, 40]), st.sampled_from([1, 4, 37]), st.sampled_from([1, 31, 65, 257]),
     st.sampled_from(ALL), st.sampled_from(HERE),
@@ -137,7 +141,7 @@ def test_the_forms_of_xla_agree(form, storage):
         w = stored(example(9, 200, kind, zeros)[1], storage)
         x = drawn(3, 200, seed=2)
         meant = x.astype(np.float64) @ by_hand(w).T
-        y = np.asarray(form(jnp.asarray(x), w))
+        y = np.asarray(jax.jit(form)(jnp.asarray(x), w))
         np.testing.assert_allclose(y, meant, atol=CLOSE * np.abs(meant).max(), rtol=0)
 
 
@@ -157,14 +161,14 @@ def test_tiles_of_outputs_are_put_together_in_order(monkeypatch):
 def test_the_gradient_is_that_of_x_alone(kind, zeros):
     w = example(9, 200, kind, zeros)[1]
     x, dy = jnp.asarray(drawn(2, 3, 200)), drawn(2, 3, 9, seed=3)
-    _, pull = jax.vjp(lambda x, w: quantized_matmul(x, w), x, w)
+    _, pull = jax.vjp(lambda x, w: product(x, w), x, w)
     dx, dw = pull(jnp.asarray(dy))
     meant = dy.astype(np.float64) @ by_hand(w)
     np.testing.assert_allclose(np.asarray(dx), meant, atol=CLOSE * np.abs(meant).max())
     assert not np.asarray(dw.scale, np.float32).any()
     # Finite differences of the function itself, along one direction.
     way, step = jnp.asarray(drawn(2, 3, 200, seed=4)), 2.0**-6
-    ends = [np.asarray(quantized_matmul(x + s * way, w), np.float64) for s in (step, -step)]
+    ends = [np.asarray(product(x + s * way, w), np.float64) for s in (step, -step)]
     slope = ((ends[0] - ends[1]) * dy).sum() / (2 * step)
     assert slope == pytest.approx(float((np.asarray(dx, np.float64) * np.asarray(way)).sum()), rel=2e-3)
 
@@ -172,7 +176,7 @@ def test_the_gradient_is_that_of_x_alone(kind, zeros):
 def test_activations_in_int8_are_rounded_a_token_and_summed_exactly():
     w = example(9, 200, "int8", False)[1]
     x = drawn(4, 200) * np.asarray([[1e-3], [1], [50], [0]], np.float32)
-    y = np.asarray(quantized_matmul(jnp.asarray(x), w, activations="int8"), np.float64)
+    y = np.asarray(product(jnp.asarray(x), w, activations="int8"), np.float64)
     scale = np.abs(x).max(1, keepdims=True).astype(np.float32) / np.float32(127)
     q = np.round(x / np.where(scale == 0, 1, scale))
     meant = (q @ np.asarray(w.values, np.float64).T) * scale * np.asarray(w.scale, np.float64)
@@ -183,10 +187,14 @@ def test_activations_in_int8_are_rounded_a_token_and_summed_exactly():
     assert (np.abs(y - exact) <= bound).all()
 
 
+def mesh_of(name: str) -> jax.sharding.Mesh:
+    return jax.make_mesh((4,), (name,), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+
+
 def test_gradients_inside_shard_map_equal_those_of_one_device():
     w = example(16, 200, "int4-g32", False)[1]
     x, dy = jnp.asarray(drawn(8, 200)), jnp.asarray(drawn(8, 16, seed=1))
-    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    mesh = mesh_of("data")
     rows, whole = jax.P("data", None), jax.P()
 
     def gradient(x, dy, w):
@@ -201,16 +209,15 @@ def test_gradients_inside_shard_map_equal_those_of_one_device():
 def test_outputs_cut_over_devices_sum_to_the_whole_gradient():
     w = example(16, 200, "int4-g32", False)[1]
     x, dy = jnp.asarray(drawn(3, 200)), jnp.asarray(drawn(3, 16, seed=1))
-    mesh = jax.make_mesh((4,), ("tensor",), devices=jax.devices()[:4])
+    mesh = mesh_of("tensor")
     # Values by their rows, scales by their columns: a device has the groups of its own outputs.
     specs = QuantizedWeight(
         values=jax.P("tensor", None), scale=jax.P(None, "tensor"), zero=None, inputs=w.inputs, group=w.group
     )
 
-    def product(x, w):
-        return quantized_matmul(x, w)
-
-    cut = jax.shard_map(product, mesh=mesh, in_specs=(jax.P(), specs), out_specs=jax.P(None, "tensor"))
+    cut = jax.jit(
+        jax.shard_map(quantized_matmul, mesh=mesh, in_specs=(jax.P(), specs), out_specs=jax.P(None, "tensor"))
+    )
     y, pull = jax.vjp(lambda x: cut(x, w), x)
     meant, whole = jax.vjp(lambda x: product(x, w), x)
     np.testing.assert_allclose(np.asarray(y), np.asarray(meant), rtol=1e-5, atol=1e-5)
@@ -234,7 +241,7 @@ def test_what_cannot_be_is_refused_with_the_numbers():
         Unsupported, match="'mosaic_gpu' cannot serve this call: it needs a GPU, and this is a cpu"
     ):
         quantized_matmul(x, w, implementation="mosaic_gpu")
-    with pytest.raises(ValueError, match="unknown kind 'int3'; known: int8, int4-g32, int4-g128"):
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError), match="int3"):
         quantize(jnp.ones((2, 3)), "int3")  # pyrefly: ignore [bad-argument-type]
     with pytest.raises(ValueError, match="int8 has no zero points"):
         quantize(jnp.ones((2, 3)), "int8", zero_points=True)

@@ -117,7 +117,7 @@ def program(chip: str, kind: str, tokens: int, n: int, k: int):
 )
 def test_tpu_programs_hold_the_kernel_and_no_whole_weight(chip, kind):
     compiled = program(chip, kind, 16, 4096, 4096)
-    assert "tpu_custom_call" in compiled.as_text()
+    assert "tpu_custom_call" in str(compiled.as_text())
     assert (
         compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 // 2
     )  # nothing as large as the weight itself
@@ -128,7 +128,7 @@ def test_tpu_programs_hold_the_kernel_and_no_whole_weight(chip, kind):
 def test_hopper_programs_hold_the_kernel_and_spill_nothing(kind, monkeypatch, capfd):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     compiled = program("h200", kind, 16, 4096, 4096)
-    assert "mosaic_gpu" in compiled.as_text()
+    assert "mosaic_gpu" in str(compiled.as_text())
     told = "".join(capfd.readouterr())
     spilled = re.findall(r"(\d+) bytes spill", told)
     assert spilled
@@ -142,7 +142,7 @@ def test_hopper_programs_hold_the_kernel_and_spill_nothing(kind, monkeypatch, ca
 def test_every_tpu_compiles_every_shape(chip, kind):
     for tokens in TOKENS:
         for n, k in WEIGHTS:
-            assert "tpu_custom_call" in program(chip, kind, tokens, n, k).as_text()
+            assert "tpu_custom_call" in str(program(chip, kind, tokens, n, k).as_text())
 
 
 @pytest.mark.slow
@@ -154,6 +154,6 @@ def test_hopper_compiles_every_shape(kind, monkeypatch, capfd):
         for n, k in WEIGHTS:
             compiled = program("h200", kind, tokens, n, k)
             if tokens <= mosaic_gpu.WORTH_TOKENS:
-                assert "mosaic_gpu" in compiled.as_text()
+                assert "mosaic_gpu" in str(compiled.as_text())
     told = "".join(capfd.readouterr())
     assert not any(map(int, re.findall(r"(\d+) bytes spill", told)))
