@@ -14,6 +14,7 @@ after.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,15 +94,7 @@ def run(x_tk: Array, w: QuantizedWeight, size: int, splits: int, through_memory:
     grouped = w.group != w.inputs
     each = INPUTS // w.group if grouped else 1
     scales = w.scale.reshape(-1, each, w.outputs) if grouped else jnp.zeros((1, 1, 8), jnp.bfloat16)
-    body = functools.partial(
-        block,
-        size=size,
-        steps=steps,
-        stages=stages,
-        each=each,
-        grouped=grouped,
-        through_memory=through_memory,
-    )
+    body = functools.partial(block, size=size, steps=steps, stages=stages, each=each, grouped=grouped)
     swizzle = INPUTS * w.bits // 8
     w_transforms = (plgpu.TilingTransform((8, swizzle * 8 // w.bits)), plgpu.SwizzleTransform(swizzle))
     # A product takes whole swizzled rows: those of a group of 32 have 64 bytes.
@@ -128,7 +121,7 @@ def run(x_tk: Array, w: QuantizedWeight, size: int, splits: int, through_memory:
 
 
 def block(
-    x_tk, w_nk, s_kgn, y_pnt, *, ws, xs, ss, ready, free, wide=None, size, steps, stages, each, grouped, through_memory
+    x_tk, w_nk, s_kgn, y_pnt, *, ws, xs, ss, ready, free, wide: Any = None, size, steps, stages, each, grouped
 ):  # fmt: skip
     """One block: GROUPS warpgroups multiply, the last one loads."""
     n, t, p = (jax.lax.axis_index(name) for name in "ntp")
@@ -175,12 +168,12 @@ def block(
             plgpu.barrier_wait(ready.at[stage])
             scales = [scale_of(ss.at[stage, g, rows]) for g in range(each)] if grouped else []
             values = values_of(ws.at[stage, rows])
-            if through_memory:
+            if wide is not None:
                 wide[own] = values
                 plgpu.commit_smem()
             for g in range(each):
                 inputs = slice(g * (INPUTS // each), (g + 1) * (INPUTS // each))
-                part = values[:, inputs] if not through_memory else wide.at[own, :, inputs]
+                part = values[:, inputs] if wide is None else wide.at[own, :, inputs]
 
                 def sums(acc, part=part, inputs=inputs):
                     plgpu.wgmma(acc, part, xs.at[stage, :, inputs].T)

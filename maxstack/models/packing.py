@@ -58,8 +58,8 @@ class Packing:
     def __call__(self, leaf: str, array: jax.Array) -> dict[str, jax.Array]:
         """What the packed model has in place of a leaf, by name.
 
-        Matrix by matrix, and a large one in runs of outputs: beside the leaf itself, only one is there in float32. Raises UserError for weights that are
-        not finite.
+        Matrix by matrix, and a large one in runs of outputs: beside the leaf itself, only so much is there in float32.
+        Raises UserError for weights that are not finite.
         """
         if leaf not in self.places:
             return {leaf: array}
