@@ -19,7 +19,7 @@ from maxstack.kernels.quantized_matmul.weight import (
     quantize,
     stored,
 )  # fmt: skip
-from maxstack.kernels.sharded import explicit_mesh
+from maxstack.kernels.sharded import explicit_mesh, varying, varying_over
 
 __all__ = [
     "KINDS", "Activations", "Implementation", "Kind", "QuantizedWeight", "Storage", "dequantize", "quantize",
@@ -50,6 +50,10 @@ def quantized_matmul(
     if implementation == "auto":
         backends["mosaic_gpu"] = backends["mosaic_gpu"] or mosaic_gpu.worth(x_tk.shape[0])
     taken = choose(NAME, implementation, backends, named_only=("reference",))
+    # Inside `jax.shard_map`: where the weight is cut and x is whole, x's gradient is summed over the devices by the
+    # transpose of this, outside of the custom derivative.
+    axes = frozenset().union(*map(varying, (x_tk, *jax.tree.leaves(w))))
+    x_tk, w = varying_over(axes, (x_tk, w))
     y_tn = product(taken, activations, jnp.dtype(dtype or x.dtype), x_tk, w)
     return y_tn.reshape(*x.shape[:-1], w.outputs)
 
@@ -83,7 +87,7 @@ def int8_on(name: str, activations: Activations) -> str | None:
 def product(taken: str, activations: Activations, dtype: jnp.dtype, x_tk: Array, w: QuantizedWeight) -> Array:
     """The product by the backend `taken`. No token: nothing to do."""
     if x_tk.shape[0] == 0:
-        return jnp.zeros((0, w.outputs), dtype)
+        return varying_over(varying(x_tk), jnp.zeros((0, w.outputs), dtype))
     if activations == "int8":
         q_tk, scale_t = xla.rounded_rows(x_tk)
         form = mosaic_tpu.int8_product if taken == "mosaic_tpu" else xla.int8_product
@@ -95,7 +99,8 @@ def product(taken: str, activations: Activations, dtype: jnp.dtype, x_tk: Array,
         "xla": xla.quantized_matmul,
         "reference": reference.quantized_matmul,
     }
-    return forms[taken](x_tk, w).astype(dtype)
+    # What calls out of XLA does not say over which axes its result varies.
+    return varying_over(varying(x_tk), forms[taken](x_tk, w).astype(dtype))
 
 
 def forward(
@@ -143,6 +148,7 @@ def check(x: Array, w: QuantizedWeight, activations: str) -> None:
         raise Unsupported(
             f"{NAME}: activations in int8 go with weights in int8, not in {w.bits} bits; leave them float"
         )
-    if explicit_mesh(x, *jax.tree.leaves(w)) is not None:
+    mesh = explicit_mesh(x, *jax.tree.leaves(w))
+    if mesh is not None and mesh.size > 1:
         cut = ", ".join(str(jax.typeof(a)) for a in (x, *jax.tree.leaves(w)))
         raise Unsupported(f"{NAME}: {cut} lie on a mesh; call it inside jax.shard_map, on local arrays")

@@ -111,7 +111,11 @@ def run(x_tk: Array, w: QuantizedWeight, size: int, splits: int, through_memory:
         scratch["wide"] = plgpu.SMEM((GROUPS, ROWS, INPUTS), jnp.bfloat16, transforms=bf16)
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((splits, w.outputs, x_tk.shape[0]), jnp.float32),
+        out_type=jax.ShapeDtypeStruct(
+            (splits, w.outputs, x_tk.shape[0]),
+            jnp.float32,
+            manual_axis_type=jax.typeof(x_tk).manual_axis_type,
+        ),
         grid=(w.outputs // (GROUPS * ROWS), x_tk.shape[0] // size, splits),
         grid_names=("n", "t", "p"),
         num_threads=GROUPS + 1,

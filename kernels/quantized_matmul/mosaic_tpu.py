@@ -96,7 +96,9 @@ def run(x_tk: Array, w: QuantizedWeight, tiles: Tiles, sum_dtype: jnp.dtype, int
     body = functools.partial(tile, group=None if whole else group, steps=grid[2])
     y_tn = pl.pallas_call(
         body,
-        out_shape=jax.ShapeDtypeStruct((x_tk.shape[0], w.outputs), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct(
+            (x_tk.shape[0], w.outputs), jnp.float32, manual_axis_type=jax.typeof(x_tk).manual_axis_type
+        ),
         grid=grid,
         in_specs=[
             pl.BlockSpec((bt, bk), lambda t, n, k: (t, k)),

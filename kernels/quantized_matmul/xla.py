@@ -102,11 +102,13 @@ def by_tiles(x_tk: Array, w: QuantizedWeight) -> Float[Array, "t n"]:
 
 def transposed(dy_tn: Float[Array, "t n"], w: QuantizedWeight) -> Float[Array, "t k"]:
     """`dy w`, the gradient of x: over tiles of outputs whose weights are made in dy's type; summed in float32."""
-    dx_tk, start = jnp.zeros((dy_tn.shape[0], w.inputs), jnp.float32), 0
+    start, dx_tk = 0, None
     for part in parts_of(w):
         dy = jax.lax.slice_in_dim(dy_tn, start, start + part.outputs, axis=1)
-        dx_tk = dx_tk + jnp.dot(dy, dequantize(part, dy.dtype), preferred_element_type=jnp.float32)
+        more = jnp.dot(dy, dequantize(part, dy.dtype), preferred_element_type=jnp.float32)
+        dx_tk = more if dx_tk is None else dx_tk + more
         start += part.outputs
+    assert dx_tk is not None  # a weight has outputs
     return dx_tk
 
 
