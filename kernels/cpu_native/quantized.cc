@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX2__)
@@ -85,8 +86,8 @@ namespace {
 // int4. A word of 32 bits holds the eight values of inputs 8i to 8i + 7, so that a vector of words is a chunk of
 // 8 * kLanes inputs. With its sign bit flipped, value j is q + 8 and stands where the word has its bits 4j to 4j + 3:
 // masked and converted as it stands it is (q + 8) 16^j, and x has been divided by 16^j, a power of two, once. What is
-// too much, 8 times the sum of x, is where the sum begins; so x is laid out as [chunk, j, lane] with -8 times the sum
-// over j behind.
+// too much, 8 times the sum of x, is where the sum begins; so x is laid out as [chunk, row, j, lane] with -8 times
+// the sum over j behind.
 
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
@@ -155,17 +156,15 @@ inline Vec of_lanes(const float* scales, int64_t chunk) {
 }
 
 struct Int4 {
-  int64_t k, n, chunks, bytes;  // bytes: of a row of weights
+  int64_t rows, k, n, chunks, bytes;  // bytes: of a row of weights
   int64_t groups;               // of a row of scales, as laid out for a piece
 };
 
 template <int J, int B, int R>
-inline void add_values(Vec (&acc)[B][R], const Words (&words)[R], const float* x, int64_t stride) {
-  Vec part[B];
-  for (int b = 0; b < B; ++b) part[b] = load(x + b * stride + J * kLanes);
+inline void add_values(Vec (&acc)[B][R], const Words (&words)[R], const float* x) {
   for (int r = 0; r < R; ++r) {
     Vec q = value<J>(words[r]);
-    for (int b = 0; b < B; ++b) acc[b][r] = add_product(part[b], q, acc[b][r]);
+    for (int b = 0; b < B; ++b) acc[b][r] = add_product(load(x + b * kLaid + J * kLanes), q, acc[b][r]);
   }
 }
 
@@ -173,31 +172,30 @@ inline void add_values(Vec (&acc)[B][R], const Words (&words)[R], const float* x
 template <int B, int R, int kGroup, bool kZeros>
 inline void int4_tile(const Int4& s, const float* x, const uint8_t* w, const float* scales, const float* zeros,
                       float* y) {
-  int64_t stride = s.chunks * kLaid;
   Vec total[B][R] = {};
   for (int64_t c = 0; c < s.chunks; ++c) {
-    const float* own = x + c * kLaid;
+    const float* own = x + c * s.rows * kLaid;
     Words words[R];
     for (int r = 0; r < R; ++r)
       words[r] = words_at(w + r * s.bytes + c * kChunkBytes, s.bytes - c * kChunkBytes) ^ kSigns;
     Vec acc[B][R];
     for (int b = 0; b < B; ++b)
-      for (int r = 0; r < R; ++r) acc[b][r] = load(own + b * stride + 8 * kLanes);
-    add_values<0>(acc, words, own, stride);
-    add_values<1>(acc, words, own, stride);
-    add_values<2>(acc, words, own, stride);
-    add_values<3>(acc, words, own, stride);
-    add_values<4>(acc, words, own, stride);
-    add_values<5>(acc, words, own, stride);
-    add_values<6>(acc, words, own, stride);
-    add_values<7>(acc, words, own, stride);
+      for (int r = 0; r < R; ++r) acc[b][r] = load(own + b * kLaid + 8 * kLanes);
+    add_values<0>(acc, words, own);
+    add_values<1>(acc, words, own);
+    add_values<2>(acc, words, own);
+    add_values<3>(acc, words, own);
+    add_values<4>(acc, words, own);
+    add_values<5>(acc, words, own);
+    add_values<6>(acc, words, own);
+    add_values<7>(acc, words, own);
     for (int r = 0; r < R; ++r) {
       Vec scale = of_lanes<kGroup>(scales + r * s.groups, c);
       for (int b = 0; b < B; ++b) {
         Vec part = acc[b][r];
         // An eighth of what stands there is minus the sum of x.
         if constexpr (kZeros)
-          part += load(own + b * stride + 8 * kLanes) * (of_lanes<kGroup>(zeros + r * s.groups, c) * (1.0f / 8));
+          part += load(own + b * kLaid + 8 * kLanes) * (of_lanes<kGroup>(zeros + r * s.groups, c) * (1.0f / 8));
         total[b][r] += part * scale;
       }
     }
@@ -207,12 +205,20 @@ inline void int4_tile(const Int4& s, const float* x, const uint8_t* w, const flo
 }
 
 template <int R, int kGroup, bool kZeros>
-void int4_columns(const Int4& s, const float* x, const uint8_t* w, const float* scales, const float* zeros, float* y,
-                  int64_t rows) {
-  int64_t b = 0, stride = s.chunks * kLaid;
-  for (; b + 4 <= rows; b += 4) int4_tile<4, R, kGroup, kZeros>(s, x + b * stride, w, scales, zeros, y + b * s.n);
-  for (; b + 2 <= rows; b += 2) int4_tile<2, R, kGroup, kZeros>(s, x + b * stride, w, scales, zeros, y + b * s.n);
-  for (; b < rows; ++b) int4_tile<1, R, kGroup, kZeros>(s, x + b * stride, w, scales, zeros, y + b * s.n);
+void int4_columns(const Int4& s, const float* x, const uint8_t* w, const float* scales, const float* zeros, float* y) {
+  int64_t b = 0;
+  auto run = [&](auto step) {
+    constexpr int B = decltype(step)::value;
+    for (; b + B <= s.rows; b += B)
+      int4_tile<B, R, kGroup, kZeros>(s, x + b * kLaid, w, scales, zeros, y + b * s.n);
+  };
+  // The more rows of x, the less often a weight is converted; sums of many rows of both do not fit into registers.
+  if constexpr (R == 1) {
+    run(std::integral_constant<int, 8>{});
+    run(std::integral_constant<int, 4>{});
+  }
+  if constexpr (R <= 2) run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
 }
 
 inline float from_bf16(uint16_t bits) {
@@ -227,11 +233,11 @@ constexpr float kPart[8] = {1,           1.0f / 16,        1.0f / 256,        1.
                             1.0f / 1048576, 1.0f / 16777216, 1};
 
 // x as the tiles read it. Past the last input it is 0.
-std::vector<float> laid_out(const float* x, int64_t rows, const Int4& s) {
-  std::vector<float> laid(rows * s.chunks * kLaid, 0.0f);
-  for (int64_t b = 0; b < rows; ++b)
+std::vector<float> laid_out(const float* x, const Int4& s) {
+  std::vector<float> laid(s.rows * s.chunks * kLaid, 0.0f);
+  for (int64_t b = 0; b < s.rows; ++b)
     for (int64_t c = 0; c < s.chunks; ++c) {
-      float* own = laid.data() + (b * s.chunks + c) * kLaid;
+      float* own = laid.data() + (c * s.rows + b) * kLaid;
       const float* from = x + b * s.k + c * kChunk;
       int64_t here = std::min(kChunk, s.k - c * kChunk);
       for (int64_t i = 0; i < here; ++i) {
@@ -251,11 +257,11 @@ void turned(const uint16_t* from, int64_t from_groups, const Int4& s, int64_t o,
 }
 
 template <int kGroup, bool kZeros>
-void int4_pieces(ffi::ThreadPool& pool, Int4 s, int64_t rows, const float* x, const uint8_t* w, const uint16_t* scale,
+void int4_pieces(ffi::ThreadPool& pool, Int4 s, const float* x, const uint8_t* w, const uint16_t* scale,
                   const uint16_t* zero, float* y) {
   int64_t groups = (s.k + kGroup - 1) / kGroup;
   s.groups = std::max<int64_t>(groups, s.chunks * std::max<int64_t>(1, kChunk / kGroup));
-  auto laid = std::make_shared<std::vector<float>>(laid_out(x, rows, s));
+  auto laid = std::make_shared<std::vector<float>>(laid_out(x, s));
   int64_t block = std::max<int64_t>(4, kPieceBytes / s.bytes / 4 * 4), pieces = (s.n + block - 1) / block;
   deal(pool, pieces, [=](int64_t i) {
     int64_t first = i * block, o = first, end = std::min(s.n, o + block);
@@ -267,11 +273,11 @@ void int4_pieces(ffi::ThreadPool& pool, Int4 s, int64_t rows, const float* x, co
       for (; o + R <= end; o += R) {
         int64_t at = (o - first) * s.groups;
         int4_columns<R, kGroup, kZeros>(s, laid->data(), w + o * s.bytes, scales.data() + at,
-                                        kZeros ? zeros.data() + at : nullptr, y + o, rows);
+                                        kZeros ? zeros.data() + at : nullptr, y + o);
       }
     };
-    if (rows == 1) run(std::integral_constant<int, 4>{});
-    run(std::integral_constant<int, 2>{});
+    if (s.rows == 1) run(std::integral_constant<int, 4>{});
+    if (s.rows < 4) run(std::integral_constant<int, 2>{});
     run(std::integral_constant<int, 1>{});
   });
 }
@@ -284,16 +290,16 @@ static ffi::Error Int4Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi
                               ffi::Buffer<ffi::BF16> scale, ffi::Buffer<ffi::BF16> zero,
                               ffi::ResultBuffer<ffi::F32> y, int64_t group) {
   int64_t rows = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
-  Int4 s{k, n, (k + kChunk - 1) / kChunk, (k + 1) / 2, 0};
+  Int4 s{rows, k, n, (k + kChunk - 1) / kChunk, (k + 1) / 2, 0};
   const auto* sp = reinterpret_cast<const uint16_t*>(scale.untyped_data());
   const auto* zp = reinterpret_cast<const uint16_t*>(zero.untyped_data());
   bool zeros = zero.element_count() > 0;
   auto run = [&](auto of_group) {
     constexpr int kGroup = decltype(of_group)::value;
     if (zeros)
-      int4_pieces<kGroup, true>(pool, s, rows, x.typed_data(), w.typed_data(), sp, zp, y->typed_data());
+      int4_pieces<kGroup, true>(pool, s, x.typed_data(), w.typed_data(), sp, zp, y->typed_data());
     else
-      int4_pieces<kGroup, false>(pool, s, rows, x.typed_data(), w.typed_data(), sp, zp, y->typed_data());
+      int4_pieces<kGroup, false>(pool, s, x.typed_data(), w.typed_data(), sp, zp, y->typed_data());
   };
   if (group == 32)
     run(std::integral_constant<int, 32>{});
