@@ -22,6 +22,21 @@ def explicit_mesh(*arrays: Array) -> AbstractMesh | None:
     return None
 
 
+def varying(array: Array) -> frozenset[str]:
+    """Mesh axes an array differs along inside `jax.shard_map`, as far as its type tells; else none."""
+    return jax.typeof(array).manual_axis_type.varying
+
+
+def varying_over[T](axes: frozenset[str], arrays: T) -> T:
+    """Arrays (a tree of them) that vary over these mesh axes too. The transpose of this sums over the devices."""
+
+    def cast(array: Array) -> Array:
+        missing = tuple(sorted(axes - varying(array)))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(cast, arrays)
+
+
 def dim_axes(array: Array) -> tuple[DimAxes, ...]:
     """Mesh axes of each dimension of `array`."""
     spec = jax.typeof(array).sharding.spec

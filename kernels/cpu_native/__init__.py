@@ -6,11 +6,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8, UInt8
 
 from maxstack.kernels.cpu_native.build import PREFIX, problem
 
-__all__ = ["MOST_ROWS", "available", "cached_attention", "problem", "rows_product"]
+__all__ = [
+    "MOST_ROWS", "available", "cached_attention", "int4_product", "int8_product", "problem", "rows_product",
+]  # fmt: skip
 
 MOST_ROWS = 16
 """Rows of a product up to which `rows_product` is the faster form: beyond, arithmetic and not memory decides."""
@@ -25,6 +27,25 @@ def rows_product(x_ti: Float[Array, "t i"], w_oi: Float[Array, "o i"]) -> Float[
     """`x w^T` for few rows, all float32."""
     out = jax.ShapeDtypeStruct((x_ti.shape[0], w_oi.shape[0]), jnp.float32)
     return jax.ffi.ffi_call(PREFIX + "rows_product", out)(x_ti, w_oi)
+
+
+def int8_product(
+    x_tk: Float32[Array, "t k"], w_nk: Int8[Array, "n k"], scale_1n: Float32[Array, "1 n"]
+) -> Float32[Array, "t n"]:
+    """`x (scale w)^T` for few rows."""
+    out = jax.ShapeDtypeStruct((x_tk.shape[0], w_nk.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call(PREFIX + "int8_product", out)(x_tk, w_nk, scale_1n)
+
+
+def int4_product(
+    x_tk: Float32[Array, "t k"], w_nj: UInt8[Array, "n j"], scale_gn: BFloat16[Array, "g n"],
+    zero_gn: BFloat16[Array, "g n"] | None, *, group: int,
+) -> Float32[Array, "t n"]:  # fmt: skip
+    """`x (scale (w - zero))^T` for few rows, with two values a byte (the even input in the low half), and scales and
+    zero points for groups of 32 or 128 inputs."""
+    out = jax.ShapeDtypeStruct((x_tk.shape[0], w_nj.shape[0]), jnp.float32)
+    zero = jnp.zeros((0,), jnp.bfloat16) if zero_gn is None else zero_gn
+    return jax.ffi.ffi_call(PREFIX + "int4_product", out)(x_tk, w_nj, scale_gn, zero, group=np.int64(group))
 
 
 def cached_attention(

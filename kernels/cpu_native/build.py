@@ -1,4 +1,4 @@
-"""Compiles the C++ file beside this one with the compiler of the machine, once for each processor and jax version."""
+"""Compiles the C++ files beside this one with the compiler of the machine, once for each processor and jax version."""
 
 import ctypes
 import functools
@@ -15,13 +15,15 @@ import jax
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).parent / "decode.cc"
+FOLDER = Path(__file__).parent
+SOURCES = ("decode.cc", "quantized.cc")
+HEADERS = ("pieces.h",)
 SWITCH = "MAXSTACK_NATIVE"
 """Environment variable: 0 does without."""
 COMPILERS = ("c++", "g++", "clang++")
 # -ffast-math, but with infinities, which stand for hidden keys.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-ffast-math", "-fno-finite-math-only")
-NAMES = ("rows_product", "cached_attention")
+NAMES = ("rows_product", "cached_attention", "int8_product", "int4_product")
 PREFIX = "maxstack_"
 SECONDS = 120.0
 """A compiler that takes longer is given up."""
@@ -57,7 +59,8 @@ def _register() -> str | None:
 def compiled(compiler: str) -> Path:
     """The library, from the user's cache folder or compiled into it. Raises OSError, SubprocessError."""
     flags = (*FLAGS, f"-I{jax.ffi.include_dir()}")
-    told = f"{compiler} {' '.join(flags)} {jax.__version__} {processor()} {SOURCE.read_text()}"
+    text = "".join((FOLDER / name).read_text() for name in (*HEADERS, *SOURCES))
+    told = f"{compiler} {' '.join(flags)} {jax.__version__} {processor()} {text}"
     cache = user_cache() / "maxstack" / "native"
     library = cache / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
     if library.exists():
@@ -66,8 +69,8 @@ def compiled(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         fresh = Path(folder) / library.name
         subprocess.run(
-            [compiler, *flags, str(SOURCE), "-o", str(fresh)], check=True, capture_output=True, text=True,
-            timeout=SECONDS,
+            [compiler, *flags, *(str(FOLDER / name) for name in SOURCES), "-o", str(fresh)], check=True,
+            capture_output=True, text=True, timeout=SECONDS,
         )  # fmt: skip
         fresh.replace(library)  # another process may do the same: the last one wins
     return library

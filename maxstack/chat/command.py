@@ -18,6 +18,7 @@ from maxstack.chat.talk import Talk
 from maxstack.config import UserError
 from maxstack.data.chat import ChatRenderer, renderer_for
 from maxstack.data.tokenizer import Tokenizer
+from maxstack.kernels.quantized_matmul import KINDS
 from maxstack.models.compiled_cache import use_compiled_cache
 from maxstack.models.generation import Generator
 from maxstack.models.load import load
@@ -55,6 +56,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--load", metavar="FILE", help="go on with a conversation that /save wrote")
     add("--dtype", choices=("bfloat16", "float32"), help="compute type (default: what suits the machine)")
+    add(
+        "--weights",
+        choices=KINDS,
+        help="hold the weights of linear layers in few bits (default: as they are)",
+    )
     add("--step", type=int, help="checkpoint step of a run (default: the newest)")
     add("--averaged", action="store_true", help="the moving average of a run's weights")
     add("--no-history", action="store_true", help=f"do not remember inputs in {history_file()}")
@@ -103,7 +109,9 @@ def through_pipe(talk: Talk, messages: Sequence[str] | None) -> int:
 def opened(args: argparse.Namespace, settings: Settings, screen: Screen, interrupts: Interrupts) -> Talk:
     """The model, ready to talk."""
     use_compiled_cache()
-    model, tokenizer = load(args.model, step=args.step, averaged=args.averaged, dtype=args.dtype)
+    model, tokenizer = load(
+        args.model, step=args.step, averaged=args.averaged, dtype=args.dtype, weights=args.weights
+    )
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer beside it, so there is no way to read a question")
     renderer = renderer_of(args, tokenizer)

@@ -11,6 +11,7 @@ from typing import Any
 
 from maxstack.config import UserError
 from maxstack.data.tokenizer import Tokenizer
+from maxstack.kernels.quantized_matmul import KINDS
 from maxstack.models.compiled_cache import use_compiled_cache
 from maxstack.models.generate import prompt_ids
 from maxstack.models.generation import Completion, Generator, SamplingParams
@@ -39,6 +40,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add_settings(result.add_argument_group("how tokens are chosen"))
     result.add_argument("--step", type=int, default=None, help="checkpoint step (default: the newest)")
+    result.add_argument(
+        "--weights",
+        choices=KINDS,
+        help="hold the weights of linear layers in few bits (default: as they are)",
+    )
     result.add_argument("--averaged", action="store_true", help="use the moving average of the weights")
     return result
 
@@ -95,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--batch is {args.batch}: it must be at least 1")
     prompts = read_prompts(args.prompt, args.source)
     use_compiled_cache()
-    model, tokenizer = load(args.model, step=args.step, averaged=args.averaged)
+    model, tokenizer = load(args.model, step=args.step, averaged=args.averaged, weights=args.weights)
     if tokenizer is None:
         raise UserError(f"{args.model}: no tokenizer beside the weights, so there is no way to read a prompt")
     generator = Generator(model, tokenizer)

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from maxstack.config import UserError
 from maxstack.data.tokenizer import Tokenizer, load_tokenizer
+from maxstack.kernels.quantized_matmul import KINDS, Kind
 from maxstack.models.pretrained.folder import CONFIG_FILE, load_folder, read_json
 from maxstack.models.pretrained.gguf import load_gguf
 from maxstack.models.pretrained.places import place_of
@@ -20,32 +21,41 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 def load(
     name_or_path: str | os.PathLike[str], *, step: int | None = None,
     dtype: Literal["bfloat16", "float32"] | None = None, averaged: bool = False, mesh: Mesh | None = None,
+    weights: Kind | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:  # fmt: skip
     """Model and tokenizer of a run folder, a model folder (config.json and safetensors), a GGUF file, "hf:owner/name",
     "modelscope:owner/name" or a packaged model ("smollm2-135m-instruct"); without tokenizer files, None for it.
 
     `dtype` is the compute type; by default that of a run, float32 on a CPU, else that of the file. The weights of a
     foreign model are kept in it, those of a run in float32. `mesh` cuts a foreign model's weights over its devices.
+    `weights` ("int8", "int4-g32", "int4-g128") holds those of linear layers in few bits, rounded to nearest while they
+    are read, so that the model is never there in full: `models.packing` says what stays as it is.
     `step` and `averaged` pick among the checkpoints of a run. The model rematerialises nothing.
 
     Raises UserError for a name that stands for nothing, and for whatever is wrong or not supported in what it stands
     for; RunError when a hub cannot be reached; CheckpointError for a damaged checkpoint.
     """
+    if weights is not None and weights not in KINDS:
+        raise UserError(f"weights {weights!r} are not known; these are: {', '.join(KINDS)}")
+    if weights is not None and mesh is not None:
+        raise UserError(
+            f"weights {weights!r} on a mesh: packed weights are not cut over devices yet; leave out one of the two"
+        )
     place = place_of(name_or_path)
     if is_run(place):
         if mesh is not None:
             raise UserError(
                 f"{place} is a run: only foreign models are loaded onto a mesh; resume the run instead"
             )
-        return load_run_model(place, step=step, dtype=dtype, averaged=averaged)
+        return load_run_model(place, step=step, dtype=dtype, averaged=averaged, packed=weights)
     if step is not None or averaged:
         raise UserError(f"{place} is no run folder: it has neither steps nor an average of weights to choose")
     if file := gguf_in(place):
         from maxstack.data.tokenizer import tokenizer_from_gguf
 
-        model, metadata = load_gguf(file, dtype=dtype, mesh=mesh)
+        model, metadata = load_gguf(file, dtype=dtype, mesh=mesh, packed=weights)
         return model, tokenizer_from_gguf(metadata)
-    return load_folder(place, dtype=dtype, mesh=mesh), folder_tokenizer(place)
+    return load_folder(place, dtype=dtype, mesh=mesh, packed=weights), folder_tokenizer(place)
 
 
 def is_run(place: Path) -> bool:

@@ -72,6 +72,9 @@ class MLAConfig:
 class LatentAttention(nnx.Module):
     """`config` as a layer: [b, t, d] -> [b, t, d]."""
 
+    used_whole: ClassVar[tuple[str, ...]] = ("k_up", "v_up")
+    """Their matrices go into other products with a cache: they are not packed in few bits."""
+
     def __init__(self, config: MLAConfig, key: jax.Array, width: int, residual_scale: float):
         keys = jax.random.split(key, 7)
         c, n = config, config.heads

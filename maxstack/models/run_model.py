@@ -11,19 +11,22 @@ from maxstack import checkpoint
 from maxstack.checkpoint import CheckpointError
 from maxstack.config import UserError, from_dict
 from maxstack.data.tokenizer import Tokenizer, load_tokenizer
+from maxstack.kernels.quantized_matmul import Kind
 from maxstack.models import tree
+from maxstack.models.packing import Packing
 from maxstack.models.transformer import Transformer, TransformerConfig
 
 
 def load_run_model(
     path: Path, *, step: int | None = None, dtype: Literal["bfloat16", "float32"] | None = None,
-    averaged: bool = False,
+    averaged: bool = False, packed: Kind | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:  # fmt: skip
     """Model and tokenizer of a run folder or of one of its checkpoints; the tokenizer is None where none was saved.
 
     `step` picks a checkpoint (the newest by default), `dtype` the compute type, `averaged` the moving average of the
-    weights in place of the weights. The model rematerialises nothing, however it was trained. Raises UserError when
-    there is nothing to read or the tokenizer is another one than the checkpoint's, CheckpointError when it is damaged.
+    weights in place of the weights; `packed` holds those of linear layers in few bits. The model rematerialises
+    nothing, however it was trained. Raises UserError when there is nothing to read or the tokenizer is another one than
+    the checkpoint's, CheckpointError when it is damaged.
     """
     place = checkpoint_place(path, step)
     checkpoint.check(place)  # before anything it says is believed
@@ -46,8 +49,14 @@ def load_run_model(
     }
     state, _ = checkpoint.restore_partial(place, target, strict=True, verify_by="none")  # checked above
     arrays = {**state[group], **state.get("buffers", {})}
-    model = tree.rebuild(abstract, {name: jnp.asarray(array) for name, array in arrays.items()})
-    return model, run_tokenizer(place)
+    del state
+    if packed is None:
+        model = tree.rebuild(abstract, {name: jnp.asarray(array) for name, array in arrays.items()})
+        return model, run_tokenizer(place)
+    packing, kept = Packing(abstract, packed), {}
+    for name in list(arrays):  # each is let go of as soon as it is packed
+        kept |= packing(name, jnp.asarray(arrays.pop(name)))
+    return tree.rebuild(packing.abstract, kept), run_tokenizer(place)
 
 
 def checkpoint_place(path: Path, step: int | None = None) -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 
 from maxstack.config import UserError
 from maxstack.data.tokenizer import Tokenizer
+from maxstack.models.packing import refuse_packed
 from maxstack.models.pretrained.writing import SHARD_BYTES, save_folder
 from maxstack.models.transformer import Transformer
 
@@ -25,6 +26,7 @@ def save(
     Raises UserError for a model that the format cannot hold or a place that is taken, RunError when what was written is
     not what was meant; nothing is left behind then.
     """
+    refuse_packed(model, f"save {path}")
     target = Path(path).expanduser()
     if format == "gguf":
         from maxstack.models.pretrained.gguf_writing import save_gguf

@@ -28,6 +28,7 @@ from maxstack.models.layers import (
     soft_cap,
     weight,
 )  # fmt: skip
+from maxstack.models.packed import PackedMatrix
 from maxstack.models.remat import Remat, rematerialised
 from maxstack.models.rope import RopeTables, document_lengths
 
@@ -130,7 +131,7 @@ class Transformer(nnx.Module):
         head = (
             None if config.tie_embeddings else weight(head_key, head_shape, ("embed", "vocab"), EMBEDDING_STD)
         )
-        self.head: Weight | None = head
+        self.head: Weight | PackedMatrix | None = nnx.data(head)
 
     def __call__(
         self, tokens_bt: Int[Array, "b t"], segment_ids_bt: Int[Array, "b t"] | None = None,
@@ -181,11 +182,17 @@ class Transformer(nnx.Module):
     def unembedding(self, dtype: jnp.dtype | None = None) -> Float[Array, "d v"]:
         """The output projection, scaled, in the compute type unless told otherwise; cut as its weight is."""
         dtype = jnp.dtype(dtype or self.config.dtype)
-        w = self.embedding.unembedding(dtype) if self.head is None else self.head[...].astype(dtype)
+        if isinstance(self.head, PackedMatrix):
+            w = self.head.whole(dtype).T
+        else:
+            w = self.embedding.unembedding(dtype) if self.head is None else self.head[...].astype(dtype)
         return w if self.config.logit_scale == 1.0 else w * jnp.asarray(self.config.logit_scale, dtype)
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Float32 logits of final hidden states."""
+        if isinstance(self.head, PackedMatrix):
+            y, factor = self.head(x, jnp.dtype(jnp.float32)), self.config.logit_scale
+            return soft_cap(y if factor == 1.0 else y * factor, self.config.logit_softcap)
         out = sharding.activation_spec("batch", "sequence", "vocab")
         w = sharding.gather(self.unembedding(), ("embed", "vocab"), x.dtype)
         logits = jnp.einsum("btd,dv->btv", x, w, preferred_element_type=jnp.float32, out_sharding=out)

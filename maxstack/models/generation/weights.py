@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from maxstack.kernels import cpu_native
 from maxstack.models.layers import Embedding, Linear, Weight, soft_cap
 from maxstack.models.moe import MoE
+from maxstack.models.packed import PackedMatrix
 from maxstack.models.remat import platform
 from maxstack.models.transformer import Transformer
 
@@ -27,13 +28,16 @@ class Unstacked(NamedTuple):
     blocks: tuple[Any, ...]
     outer: Transformer
     """The model without its stacks and output projection."""
-    head_vd: Weight
-    """The output projection by output: the token table itself where it is tied."""
+    head: Weight | PackedMatrix
+    """The output projection [v, d] by output: the token table itself where it is tied."""
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """As `Transformer.logits`, of few tokens."""
-        config, w_vd = self.outer.config, self.head_vd[...]
-        y = rows_product(x.reshape(-1, x.shape[-1]), w_vd.astype(x.dtype), jnp.dtype(jnp.float32))
+        config, x_td, wide = self.outer.config, x.reshape(-1, x.shape[-1]), jnp.dtype(jnp.float32)
+        if isinstance(self.head, PackedMatrix):
+            y = self.head(x_td, wide)
+        else:
+            y = rows_product(x_td, self.head[...].astype(x.dtype), wide)
         y = y.reshape(*x.shape[:2], -1)
         return soft_cap(y if config.logit_scale == 1.0 else y * config.logit_scale, config.logit_softcap)
 
@@ -98,7 +102,7 @@ def cast_products(module: Any, dtype: jnp.dtype, linear: Callable[[Linear], Any]
     copy = with_parts(module, lambda part: cast_products(part, dtype, linear))
     for name in PRODUCTS.get(type(module), ()):
         old = getattr(copy, name)
-        if old is not None:
+        if isinstance(old, nnx.Variable):
             setattr(copy, name, Weight(old[...].astype(dtype), axes=old.get_metadata()["axes"]))
     return copy
 
@@ -118,6 +122,8 @@ def unstack(model: Transformer) -> Unstacked:
     outer = cast_products(outer, dtype)
     if head is None:
         return Unstacked(tuple(blocks), outer, outer.embedding.table)
+    if isinstance(head, PackedMatrix):
+        return Unstacked(tuple(blocks), outer, head)
     by_vocab = np.ascontiguousarray(np.asarray(head[...]).astype(dtype).T)
     return Unstacked(tuple(blocks), outer, Weight(jnp.asarray(by_vocab), axes=("vocab", "embed")))
 

@@ -14,9 +14,11 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from maxstack import sharding
 from maxstack.config import UserError
+from maxstack.kernels.quantized_matmul import Kind
 from maxstack.models import tree
 from maxstack.models.families import Family, read_config
 from maxstack.models.files import TensorSource, open_weights
+from maxstack.models.packing import Packing
 from maxstack.models.pretrained.reading import read_leaves
 from maxstack.models.pretrained.spelling import respelled
 from maxstack.models.transformer import Transformer, TransformerConfig
@@ -45,11 +47,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def load_folder(
-    folder: Path, *, dtype: Dtype | None = None, mesh: Mesh | None = None, kept: str | None = None
-) -> Transformer:
+    folder: Path, *, dtype: Dtype | None = None, mesh: Mesh | None = None, kept: str | None = None,
+    packed: Kind | None = None,
+) -> Transformer:  # fmt: skip
     """The model of a folder. Raises UserError for whatever is wrong with the folder.
 
-    `dtype` is the compute type, `kept` that of the weights (default: the compute type).
+    `dtype` is the compute type, `kept` that of the weights (default: the compute type); `packed` holds those of linear
+    layers in few bits.
     """
     values = read_json(folder / CONFIG_FILE)
     family, config = read_config(values, str(folder / CONFIG_FILE))
@@ -61,14 +65,14 @@ def load_folder(
         )
     source = open_weights(folder)
     try:
-        return load_tensors(family, config, source, dtype=dtype, mesh=mesh, kept=kept)
+        return load_tensors(family, config, source, dtype=dtype, mesh=mesh, kept=kept, packed=packed)
     finally:
         source.close()
 
 
 def load_tensors(
     family: Family, config: TransformerConfig, source: TensorSource, *, dtype: Dtype | None = None,
-    mesh: Mesh | None = None, kept: str | None = None,
+    mesh: Mesh | None = None, kept: str | None = None, packed: Kind | None = None,
 ) -> Transformer:  # fmt: skip
     """A model of `config` with the tensors of `source`, on one device or sharded over `mesh`."""
     config = dataclasses.replace(config, dtype=dtype or natural_dtype(source), remat="none")
@@ -85,10 +89,11 @@ def load_tensors(
     }
     homes = homes_of(abstract, mesh)
     tensors = respelled(source, family.spellings)
-    arrays = read_leaves(places, {leaf: shapes[leaf] for leaf in in_file}, tensors, homes, unused)
+    packing = None if packed is None else Packing(abstract, packed)
+    arrays = read_leaves(places, {leaf: shapes[leaf] for leaf in in_file}, tensors, homes, unused, packing)
     for leaf in shapes.keys() - in_file:  # such as a router's bias of a family that has none
         arrays[leaf] = jax.device_put(jnp.zeros(shapes[leaf].shape, shapes[leaf].dtype), homes[leaf])
-    return tree.rebuild(abstract, arrays)
+    return tree.rebuild(abstract if packing is None else packing.abstract, arrays)
 
 
 def homes_of(abstract: Transformer, mesh: Mesh | None) -> Mapping[str, jax.sharding.Sharding]:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maxstack.config import UserError
+from maxstack.kernels.quantized_matmul import Kind
 from maxstack.models.families import read_config
 from maxstack.models.families.family import Family
 from maxstack.models.families.keys import Keys
@@ -127,9 +128,11 @@ def holds_one_more(name: str, pattern: str | None) -> bool:
 
 
 def load_gguf(
-    file: Path, *, dtype: Dtype | None = None, mesh: Mesh | None = None, kept: str | None = None
-) -> tuple[Transformer, Mapping[str, Any]]:
-    """The model of a GGUF file and the file's metadata. Weights are decoded to `kept`, by default the compute type."""
+    file: Path, *, dtype: Dtype | None = None, mesh: Mesh | None = None, kept: str | None = None,
+    packed: Kind | None = None,
+) -> tuple[Transformer, Mapping[str, Any]]:  # fmt: skip
+    """The model of a GGUF file and the file's metadata. Weights are decoded to `kept`, by default the compute type, and
+    those of linear layers then packed in few bits if asked for."""
     source = GGUF(file)
     try:
         names = frozenset(source.names())
@@ -137,6 +140,7 @@ def load_gguf(
         row, family, config = described(source.metadata, names, factors, str(file))
         shapes = {entry.source: entry.form.shape for entry in family.entries(config)}
         stored = Stored(source, shapes, row.one_more)
-        return load_tensors(family, config, stored, dtype=dtype, mesh=mesh, kept=kept), source.metadata
+        model = load_tensors(family, config, stored, dtype=dtype, mesh=mesh, kept=kept, packed=packed)
+        return model, source.metadata
     finally:
         source.close()

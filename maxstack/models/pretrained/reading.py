@@ -6,7 +6,7 @@ tensor for each reading thread. On a CPU the shards are the arrays: they are ali
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ ALIGNMENT = 64
 TILE_ROWS = 32
 """Rows of a tensor that are transposed at a time: as many as stay in the first cache with their target."""
 THREADS = min(4, os.cpu_count() or 1)
+# From a leaf and its array to the leaves that are kept in its place.
+Finish = Callable[[str, jax.Array], dict[str, jax.Array]]
 
 
 class Shard(NamedTuple):
@@ -35,9 +37,10 @@ class Shard(NamedTuple):
 
 def read_leaves(
     places: Sequence[Entry], shapes: Mapping[str, jax.ShapeDtypeStruct], source: TensorSource,
-    shardings: Mapping[str, Sharding], unused: Sequence[str] = (),
+    shardings: Mapping[str, Sharding], unused: Sequence[str] = (), finish: Finish | None = None,
 ) -> dict[str, jax.Array]:  # fmt: skip
-    """Every leaf in `shapes` as an array of that shape and type, with its sharding.
+    """Every leaf in `shapes` as an array of that shape and type, with its sharding; or what `finish` makes of it, as
+    soon as it is there.
 
     Raises UserError, before anything is read, for tensors that are missing, of another shape, not of floating point,
     or unknown and not among the patterns `unused`.
@@ -54,7 +57,8 @@ def read_leaves(
             for job in jobs:
                 job.result()
             for leaf, shards in targets.items():
-                arrays[leaf] = assembled(shapes[leaf], shardings[leaf], shards)
+                array = assembled(shapes[leaf], shardings[leaf], shards)
+                arrays |= {leaf: array} if finish is None else finish(leaf, array)
     return arrays
 
 

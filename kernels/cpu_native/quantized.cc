@@ -1,0 +1,329 @@
+// Few rows of float32 times weights of 8 or 4 bits: each byte of the weights is loaded once and used for all rows.
+//
+// Weights are converted in registers and multiplied with activations as they are; nothing else is rounded.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "pieces.h"
+
+namespace {
+
+constexpr int64_t kPieceBytes = 1 << 15;  // of weights: some microseconds
+
+// kLanes int8 as float.
+inline Vec widened(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+// y[b, r] for B rows of x and R rows of w.
+template <int B, int R>
+inline void int8_tile(const float* x, const int8_t* w, const float* scale, float* y, int64_t k, int64_t n) {
+  Vec acc[B][R] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) {
+    Vec row[R];
+    for (int r = 0; r < R; ++r) row[r] = widened(w + r * k + i);
+    for (int b = 0; b < B; ++b) {
+      Vec part = load(x + b * k + i);
+      for (int r = 0; r < R; ++r) acc[b][r] += part * row[r];
+    }
+  }
+  for (int b = 0; b < B; ++b)
+    for (int r = 0; r < R; ++r) {
+      float s = sum(acc[b][r]);
+      for (int64_t j = i; j < k; ++j) s += x[b * k + j] * w[r * k + j];
+      y[b * n + r] = s * scale[r];
+    }
+}
+
+template <int R>
+void int8_columns(const float* x, const int8_t* w, const float* scale, float* y, int64_t rows, int64_t k, int64_t n) {
+  int64_t b = 0;
+  for (; b + 4 <= rows; b += 4) int8_tile<4, R>(x + b * k, w, scale, y + b * n, k, n);
+  for (; b + 2 <= rows; b += 2) int8_tile<2, R>(x + b * k, w, scale, y + b * n, k, n);
+  for (; b < rows; ++b) int8_tile<1, R>(x + b * k, w, scale, y + b * n, k, n);
+}
+
+}  // namespace
+
+// x [t, k], w [n, k], scale [1, n] -> y [t, n] = x (w scale)^T
+static ffi::Error Int8Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> w,
+                              ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> y) {
+  int64_t rows = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
+  const float *xp = x.typed_data(), *sp = scale.typed_data();
+  const int8_t* wp = w.typed_data();
+  float* yp = y->typed_data();
+  int64_t block = std::max<int64_t>(4, kPieceBytes / k / 4 * 4), pieces = (n + block - 1) / block;
+  deal(pool, pieces, [=](int64_t i) {
+    int64_t o = i * block, end = std::min(n, o + block);
+    if (rows == 1)
+      for (; o + 4 <= end; o += 4) int8_columns<4>(xp, wp + o * k, sp + o, yp + o, rows, k, n);
+    for (; o + 2 <= end; o += 2) int8_columns<2>(xp, wp + o * k, sp + o, yp + o, rows, k, n);
+    for (; o < end; ++o) int8_columns<1>(xp, wp + o * k, sp + o, yp + o, rows, k, n);
+  });
+  return ffi::Error::Success();
+}
+
+namespace {
+
+// int4. A word of 32 bits holds the eight values of inputs 8i to 8i + 7, so that a vector of words is a chunk of
+// 8 * kLanes inputs. With its sign bit flipped, value j is q + 8 and stands where the word has its bits 4j to 4j + 3:
+// masked and converted as it stands it is (q + 8) 16^j, and x has been divided by 16^j, a power of two, once. What is
+// too much, 8 times the sum of x, is where the sum begins; so x is laid out as [chunk, row, j, lane] with -8 times
+// the sum over j behind.
+
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+constexpr int64_t kChunk = 8 * kLanes, kChunkBytes = kChunk / 2;
+constexpr int64_t kLaid = 9 * kLanes;  // floats of x a chunk
+constexpr uint32_t kSigns = 0x88888888u;
+
+// Not left to the compiler, which may take an addition apart under -ffast-math.
+inline Vec add_product(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Vec converted(Words words) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps((__m512i)words);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps((__m256i)words);
+#else
+  typedef int32_t Signed __attribute__((vector_size(kLanes * 4)));
+  return (Vec)__builtin_convertvector((Signed)words, Vec);
+#endif
+}
+
+// (q + 8) 16^J, but for the last one q + 8: its mask would be a sign.
+template <int J>
+inline Vec value(Words words) {
+  if constexpr (J == 7)
+    return converted(words >> 28);
+  else
+    return converted(words & (0xFu << (4 * J)));
+}
+
+inline Words words_at(const uint8_t* p, int64_t bytes) {
+  if (bytes >= kChunkBytes) return *reinterpret_cast<const Words*>(p);
+  Words words = {};
+  std::memcpy(&words, p, bytes);
+  return words;
+}
+
+// Each lane's scale in a chunk, of a row's scales one after the other.
+template <int kGroup>
+inline Vec of_lanes(const float* scales, int64_t chunk) {
+  if constexpr (kGroup >= kChunk) {
+    return Vec{} + scales[chunk / (kGroup / kChunk)];
+  } else {
+    const float* own = scales + chunk * (kChunk / kGroup);
+#if defined(__AVX512F__)
+    static_assert(kGroup == 32);
+    __m512 four = _mm512_castps128_ps512(_mm_loadu_ps(own));
+    return (Vec)_mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), four);
+#elif defined(__AVX2__)
+    static_assert(kGroup == 32);
+    return (Vec)_mm256_set_m128(_mm_set1_ps(own[1]), _mm_set1_ps(own[0]));
+#else
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v[i] = own[i * 8 / kGroup];
+    return v;
+#endif
+  }
+}
+
+struct Int4 {
+  int64_t rows, k, n, chunks, bytes;  // bytes: of a row of weights
+  int64_t groups;               // of a row of scales, as laid out for a piece
+};
+
+template <int J, int B, int R>
+inline void add_values(Vec (&acc)[B][R], const Words (&words)[R], const float* x) {
+  for (int r = 0; r < R; ++r) {
+    Vec q = value<J>(words[r]);
+    for (int b = 0; b < B; ++b) acc[b][r] = add_product(load(x + b * kLaid + J * kLanes), q, acc[b][r]);
+  }
+}
+
+// y[b, r] for B rows of x, laid out, and R rows of w; `scales` and `zeros` are those of the R rows.
+template <int B, int R, int kGroup, bool kZeros>
+inline void int4_tile(const Int4& s, const float* x, const uint8_t* w, const float* scales, const float* zeros,
+                      float* y) {
+  Vec total[B][R] = {};
+  for (int64_t c = 0; c < s.chunks; ++c) {
+    const float* own = x + c * s.rows * kLaid;
+    Words words[R];
+    for (int r = 0; r < R; ++r)
+      words[r] = words_at(w + r * s.bytes + c * kChunkBytes, s.bytes - c * kChunkBytes) ^ kSigns;
+    Vec acc[B][R];
+    for (int b = 0; b < B; ++b)
+      for (int r = 0; r < R; ++r) acc[b][r] = load(own + b * kLaid + 8 * kLanes);
+    add_values<0>(acc, words, own);
+    add_values<1>(acc, words, own);
+    add_values<2>(acc, words, own);
+    add_values<3>(acc, words, own);
+    add_values<4>(acc, words, own);
+    add_values<5>(acc, words, own);
+    add_values<6>(acc, words, own);
+    add_values<7>(acc, words, own);
+    for (int r = 0; r < R; ++r) {
+      Vec scale = of_lanes<kGroup>(scales + r * s.groups, c);
+      for (int b = 0; b < B; ++b) {
+        Vec part = acc[b][r];
+        // An eighth of what stands there is minus the sum of x.
+        if constexpr (kZeros)
+          part += load(own + b * kLaid + 8 * kLanes) * (of_lanes<kGroup>(zeros + r * s.groups, c) * (1.0f / 8));
+        total[b][r] += part * scale;
+      }
+    }
+  }
+  for (int b = 0; b < B; ++b)
+    for (int r = 0; r < R; ++r) y[b * s.n + r] = sum(total[b][r]);
+}
+
+template <int R, int kGroup, bool kZeros>
+void int4_columns(const Int4& s, const float* x, const uint8_t* w, const float* scales, const float* zeros, float* y) {
+  int64_t b = 0;
+  auto run = [&](auto step) {
+    constexpr int B = decltype(step)::value;
+    for (; b + B <= s.rows; b += B)
+      int4_tile<B, R, kGroup, kZeros>(s, x + b * kLaid, w, scales, zeros, y + b * s.n);
+  };
+  // The more rows of x, the less often a weight is converted; sums of many rows of both do not fit into registers.
+  if constexpr (R == 1) {
+    run(std::integral_constant<int, 8>{});
+    run(std::integral_constant<int, 4>{});
+  }
+  if constexpr (R <= 2) run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
+}
+
+inline float from_bf16(uint16_t bits) {
+  uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+// By what value j of a word is too large, upside down.
+constexpr float kPart[8] = {1,           1.0f / 16,        1.0f / 256,        1.0f / 4096, 1.0f / 65536,
+                            1.0f / 1048576, 1.0f / 16777216, 1};
+
+// x as the tiles read it. Past the last input it is 0.
+std::vector<float> laid_out(const float* x, const Int4& s) {
+  std::vector<float> laid(s.rows * s.chunks * kLaid, 0.0f);
+  for (int64_t b = 0; b < s.rows; ++b)
+    for (int64_t c = 0; c < s.chunks; ++c) {
+      float* own = laid.data() + (c * s.rows + b) * kLaid;
+      const float* from = x + b * s.k + c * kChunk;
+      int64_t here = std::min(kChunk, s.k - c * kChunk);
+      for (int64_t i = 0; i < here; ++i) {
+        own[i % 8 * kLanes + i / 8] = from[i] * kPart[i % 8];
+        own[8 * kLanes + i / 8] -= 8 * from[i];
+      }
+    }
+  return laid;
+}
+
+// Numbers [groups, n] of the outputs [o, end) as [output, group], padded to whole chunks.
+void turned(const uint16_t* from, int64_t from_groups, const Int4& s, int64_t o, int64_t end,
+            std::vector<float>& to) {
+  to.assign((end - o) * s.groups + kLanes, 0.0f);
+  for (int64_t g = 0; g < from_groups; ++g)
+    for (int64_t r = o; r < end; ++r) to[(r - o) * s.groups + g] = from_bf16(from[g * s.n + r]);
+}
+
+template <int kGroup, bool kZeros>
+void int4_pieces(ffi::ThreadPool& pool, Int4 s, const float* x, const uint8_t* w, const uint16_t* scale,
+                  const uint16_t* zero, float* y) {
+  int64_t groups = (s.k + kGroup - 1) / kGroup;
+  s.groups = std::max<int64_t>(groups, s.chunks * std::max<int64_t>(1, kChunk / kGroup));
+  auto laid = std::make_shared<std::vector<float>>(laid_out(x, s));
+  int64_t block = std::max<int64_t>(4, kPieceBytes / s.bytes / 4 * 4), pieces = (s.n + block - 1) / block;
+  deal(pool, pieces, [=](int64_t i) {
+    int64_t first = i * block, o = first, end = std::min(s.n, o + block);
+    thread_local std::vector<float> scales, zeros;
+    turned(scale, groups, s, o, end, scales);
+    if (kZeros) turned(zero, groups, s, o, end, zeros);
+    auto run = [&](auto step) {
+      constexpr int R = decltype(step)::value;
+      for (; o + R <= end; o += R) {
+        int64_t at = (o - first) * s.groups;
+        int4_columns<R, kGroup, kZeros>(s, laid->data(), w + o * s.bytes, scales.data() + at,
+                                        kZeros ? zeros.data() + at : nullptr, y + o);
+      }
+    };
+    if (s.rows == 1) run(std::integral_constant<int, 4>{});
+    if (s.rows < 4) run(std::integral_constant<int, 2>{});
+    run(std::integral_constant<int, 1>{});
+  });
+}
+
+}  // namespace
+
+// x [t, k], w [n, ceil(k / 2)] with two values a byte, scale [ceil(k / group), n], zero the same or [0]
+// -> y [t, n] = x ((w - zero) scale)^T
+static ffi::Error Int4Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> w,
+                              ffi::Buffer<ffi::BF16> scale, ffi::Buffer<ffi::BF16> zero,
+                              ffi::ResultBuffer<ffi::F32> y, int64_t group) {
+  int64_t rows = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
+  Int4 s{rows, k, n, (k + kChunk - 1) / kChunk, (k + 1) / 2, 0};
+  const auto* sp = reinterpret_cast<const uint16_t*>(scale.untyped_data());
+  const auto* zp = reinterpret_cast<const uint16_t*>(zero.untyped_data());
+  bool zeros = zero.element_count() > 0;
+  auto run = [&](auto of_group) {
+    constexpr int kGroup = decltype(of_group)::value;
+    if (zeros)
+      int4_pieces<kGroup, true>(pool, s, x.typed_data(), w.typed_data(), sp, zp, y->typed_data());
+    else
+      int4_pieces<kGroup, false>(pool, s, x.typed_data(), w.typed_data(), sp, zp, y->typed_data());
+  };
+  if (group == 32)
+    run(std::integral_constant<int, 32>{});
+  else if (group == 128)
+    run(std::integral_constant<int, 128>{});
+  else
+    return ffi::Error::InvalidArgument("int4_product: groups of 32 or 128");
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(int8_product, Int8Product,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(int4_product, Int4Product,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("group"));

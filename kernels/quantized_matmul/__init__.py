@@ -1,0 +1,154 @@
+"""Products with weights of 8 or 4 bits: the public function, its checks, its gradient, the choice of a backend."""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from maxstack.kernels import Unsupported
+from maxstack.kernels.dispatch import chip, choose, only_on
+from maxstack.kernels.quantized_matmul import mosaic_gpu, mosaic_tpu, native, reference, xla
+from maxstack.kernels.quantized_matmul.weight import (
+    KINDS,
+    Kind,
+    QuantizedWeight,
+    Storage,
+    dequantize,
+    quantize,
+    stored,
+)  # fmt: skip
+from maxstack.kernels.sharded import explicit_mesh, varying, varying_over
+
+__all__ = [
+    "KINDS", "Activations", "Implementation", "Kind", "QuantizedWeight", "Storage", "dequantize", "quantize",
+    "quantized_matmul", "stored",
+]  # fmt: skip
+
+Implementation = Literal["auto", "mosaic_tpu", "mosaic_gpu", "cpu_native", "xla", "reference"]
+Activations = Literal["float", "int8"]
+NAME = "quantized_matmul"
+
+
+def quantized_matmul(
+    x: Float[Array, "... k"], w: QuantizedWeight, *, implementation: Implementation = "auto",
+    activations: Activations = "float", dtype: jnp.dtype | type | None = None,
+) -> Float[Array, "... n"]:  # fmt: skip
+    """`x w^T` with x [..., K] in bfloat16 or float32 and a weight of [N, K]: [..., N] in x's type, or in `dtype`.
+
+    Products are summed in float32. With `activations` "int8" each token of x is rounded to int8 on the way in, and
+    products of int8 are summed exactly: for weights of int8, where arithmetic and not memory is the limit.
+
+    The gradient is that of x; a weight is frozen and gets none. Works on local arrays: on a mesh with explicit axes
+    call it inside `jax.shard_map`. Raises ValueError for shapes that disagree, TypeError for types, Unsupported for
+    arrays on such a mesh and when the named implementation cannot serve the call.
+    """
+    check(x, w, activations)
+    x_tk = x.reshape(-1, w.inputs)
+    backends = declined(x_tk, w, activations)
+    if implementation == "auto":
+        backends["mosaic_gpu"] = backends["mosaic_gpu"] or mosaic_gpu.worth(x_tk.shape[0])
+    taken = choose(NAME, implementation, backends, named_only=("reference",))
+    # Inside `jax.shard_map`: where the weight is cut and x is whole, x's gradient is summed over the devices by the
+    # transpose of this, outside of the custom derivative.
+    axes = frozenset().union(*map(varying, (x_tk, *jax.tree.leaves(w))))
+    x_tk, w = varying_over(axes, (x_tk, w))
+    y_tn = product(taken, activations, jnp.dtype(dtype or x.dtype), x_tk, w)
+    return y_tn.reshape(*x.shape[:-1], w.outputs)
+
+
+def declined(x_tk: Array, w: QuantizedWeight, activations: Activations) -> dict[str, str | None]:
+    """The backends, best first, each with why it cannot serve this call."""
+    rounding = "it takes activations as they are" if activations == "int8" else None
+    return {
+        "mosaic_tpu": only_on("tpu") or int8_on(chip().name, activations) or mosaic_tpu.declined(x_tk, w),
+        "mosaic_gpu": only_on("gpu") or hopper() or rounding or mosaic_gpu.declined(x_tk, w),
+        "cpu_native": only_on("cpu") or rounding or native.declined(x_tk.shape[0], w),
+        "xla": None,
+        "reference": rounding,
+    }
+
+
+def hopper() -> str | None:
+    """Why the Hopper kernel cannot run here."""
+    here = chip().name
+    return None if here.startswith("sm90") else f"it is written for Hopper (sm90), and this is {here}"
+
+
+def int8_on(name: str, activations: Activations) -> str | None:
+    """Why a TPU cannot multiply int8 with int8."""
+    if activations == "int8" and name in mosaic_tpu.WITHOUT_INT8:
+        return f"{name} has no products of int8; leave activations float"
+    return None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def product(taken: str, activations: Activations, dtype: jnp.dtype, x_tk: Array, w: QuantizedWeight) -> Array:
+    """The product by the backend `taken`. No token: nothing to do."""
+    if x_tk.shape[0] == 0:
+        return varying_over(varying(x_tk), jnp.zeros((0, w.outputs), dtype))
+    if activations == "int8":
+        q_tk, scale_t = xla.rounded_rows(x_tk)
+        form = mosaic_tpu.int8_product if taken == "mosaic_tpu" else xla.int8_product
+        return form(q_tk, scale_t, w).astype(dtype)
+    forms = {
+        "mosaic_tpu": mosaic_tpu.quantized_matmul,
+        "mosaic_gpu": mosaic_gpu.quantized_matmul,
+        "cpu_native": native.quantized_matmul,
+        "xla": xla.quantized_matmul,
+        "reference": reference.quantized_matmul,
+    }
+    # What calls out of XLA does not say over which axes its result varies.
+    return varying_over(varying(x_tk), forms[taken](x_tk, w).astype(dtype))
+
+
+def forward(
+    taken: str, activations: Activations, dtype: jnp.dtype, x_tk: Array, w: QuantizedWeight
+) -> tuple[Array, tuple[Array, QuantizedWeight]]:
+    """The product, and what the gradient of x needs: of x its type alone."""
+    return product(taken, activations, dtype, x_tk, w), (x_tk[:0], w)
+
+
+def backward(
+    taken: str, activations: Activations, dtype: jnp.dtype, kept: tuple[Array, QuantizedWeight], dy_tn: Array
+) -> tuple[Array, None]:
+    """The gradient of x, as if it had not been rounded; the weight is frozen."""
+    typed, w = kept
+    return xla.transposed(dy_tn.astype(typed.dtype), w).astype(typed.dtype), None
+
+
+product.defvjp(forward, backward)
+
+
+def check(x: Array, w: QuantizedWeight, activations: str) -> None:
+    """Raise for a call that no backend can serve."""
+    if w.values.ndim != 2:
+        raise ValueError(f"{NAME}: w must be one matrix [N, K], not {w.shape}: take it layer by layer")
+    if x.ndim == 0 or x.shape[-1] != w.inputs:
+        raise ValueError(f"{NAME}: x {x.shape} must end in the {w.inputs} inputs of w {w.shape}")
+    groups = -(-w.inputs // w.group)
+    for name, array in (("scale", w.scale), ("zero", w.zero)):
+        if array is not None and array.shape != (groups, w.outputs):
+            raise ValueError(
+                f"{NAME}: {name} has shape {array.shape}; {w.inputs} inputs in groups of {w.group} and {w.outputs} "
+                f"outputs want {(groups, w.outputs)}"
+            )
+    width = -(-w.inputs // 2) if w.values.dtype == jnp.uint8 else w.inputs
+    if w.values.dtype not in (jnp.int8, jnp.int4, jnp.uint8) or w.values.shape[1] != width:
+        raise ValueError(
+            f"{NAME}: values are {w.values.dtype} {w.values.shape}; {w.inputs} inputs are int8 or int4 "
+            f"[N, {w.inputs}], or uint8 [N, {-(-w.inputs // 2)}]"
+        )
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        raise TypeError(f"{NAME}: x must be bfloat16 or float32, not {x.dtype}")
+    if activations not in ("float", "int8"):
+        raise ValueError(f"{NAME}: activations {activations!r}; known: float, int8")
+    if activations == "int8" and (w.bits != 8 or w.group != w.inputs):
+        raise Unsupported(
+            f"{NAME}: activations in int8 go with weights in int8, not in {w.bits} bits; leave them float"
+        )
+    mesh = explicit_mesh(x, *jax.tree.leaves(w))
+    if mesh is not None and mesh.size > 1:
+        cut = ", ".join(str(jax.typeof(a)) for a in (x, *jax.tree.leaves(w)))
+        raise Unsupported(f"{NAME}: {cut} lie on a mesh; call it inside jax.shard_map, on local arrays")

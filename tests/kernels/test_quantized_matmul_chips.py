@@ -1,0 +1,159 @@
+"""The kernels for TPU and Hopper: in their interpreters, which look for races, and through the real compilers."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+
+from maxstack.kernels.quantized_matmul import (
+    QuantizedWeight,
+    mosaic_gpu,
+    mosaic_tpu,
+    quantized_matmul,
+    stored,
+    xla,
+)
+from tests.kernels.chips import TPUS, compiled_for, needs_cuda_compiler, needs_libtpu
+from tests.kernels.test_quantized_matmul import by_hand, drawn, example
+
+CAREFUL = pltpu.InterpretParams(dma_execution_mode="on_wait", detect_races=True, uninitialized_memory="nan")
+FORMS = [("int8", False), ("int4-g128", False), ("int4-g32", True)]
+# Outputs and inputs of the linear layers of an 8B and a 70B model: q, k, o, gate, down; narrow and wide.
+WEIGHTS = [
+    (4096, 4096),
+    (1024, 4096),
+    (14336, 4096),
+    (4096, 14336),
+    (8192, 8192),
+    (28672, 8192),
+    (8192, 28672),
+]
+TOKENS = (1, 16, 64, 512, 4096)
+
+
+def weight(kind: str, n: int, k: int) -> QuantizedWeight:
+    """Shapes."""
+    if kind == "int8":
+        values, scale, group = jax.ShapeDtypeStruct((n, k), jnp.int8), ((1, n), jnp.float32), k
+    else:
+        group = int(kind.partition("-g")[2])
+        values, scale = jax.ShapeDtypeStruct((n, k), jnp.int4), ((k // group, n), jnp.bfloat16)
+    return QuantizedWeight(
+        values=values, scale=jax.ShapeDtypeStruct(*scale), zero=None, inputs=k, group=group
+    )
+
+
+def case(kind: str, zeros: bool, tokens: int, n: int, k: int):
+    w = stored(example(n, k, kind, zeros)[1], "int4")
+    x = jnp.asarray(drawn(tokens, k, seed=1), jnp.bfloat16)
+    return x, w, np.asarray(x, np.float64) @ by_hand(w).T
+
+
+def largest_error(y, meant) -> float:
+    return np.abs(np.asarray(y, np.float64) - meant).max() / np.abs(meant).max()
+
+
+# Groups of 32 are multiplied with weights rounded to bfloat16 on a TPU; all else is summed in float32.
+def tolerance(kind: str) -> float:
+    return 2**-8 if kind == "int4-g32" else 2e-6
+
+
+@pytest.mark.parametrize(("kind", "zeros"), FORMS)
+def test_tpu_tiles_add_up_without_races(kind, zeros, capfd):
+    x, w, meant = case(kind, zeros, 5, 256, 512)
+    y = mosaic_tpu.quantized_matmul(x, w, tiles=mosaic_tpu.Tiles(16, 128, 256), interpret=CAREFUL)
+    assert largest_error(y, meant) < tolerance(kind)
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+def test_tpu_products_of_int8_are_exact():
+    x, w, _ = case("int8", False, 5, 256, 256)
+    q, scale = xla.rounded_rows(x)
+    y = mosaic_tpu.int8_product(q, scale, w, tiles=mosaic_tpu.Tiles(32, 128, 128), interpret=CAREFUL)
+    meant = (np.asarray(q, np.float64) @ np.asarray(w.values, np.float64).T) * np.asarray(scale)[:, None]
+    np.testing.assert_allclose(np.asarray(y), meant * np.asarray(w.scale), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "zeros"), FORMS)
+def test_hopper_blocks_add_up_without_races(kind, zeros, capfd):
+    # More steps than stages, so that stages are used again.
+    x, w, meant = case(kind, zeros, 5, 128, 640)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        y = jax.block_until_ready(mosaic_gpu.quantized_matmul(x, w, splits=1, through_memory=True))
+    assert largest_error(y, meant) < 2e-6
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.slow
+def test_hopper_parts_of_the_inputs_and_tiles_of_tokens_add_up(capfd):
+    x, w, meant = case("int4-g32", True, 70, 256, 256)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        y = jax.block_until_ready(mosaic_gpu.quantized_matmul(x, w, splits=2, through_memory=True))
+    assert largest_error(y, meant) < 2e-6
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+def test_parts_of_the_inputs_fill_the_chip_and_divide_the_steps():
+    for steps in (1, 5, 32, 112):
+        for blocks in (1, 8, 32, 112, 500):
+            parts = mosaic_gpu.splits_for(steps, blocks)
+            assert steps % parts == 0
+            assert parts * blocks >= min(mosaic_gpu.BLOCKS, steps * blocks)
+
+
+def program(chip: str, kind: str, tokens: int, n: int, k: int):
+    """The public function, whose choice has to be the chip's kernel."""
+    x, w = jax.ShapeDtypeStruct((tokens, k), jnp.bfloat16), weight(kind, n, k)
+    return compiled_for(chip, lambda x, w: quantized_matmul(x, w), x, w)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("chip", "kind"), [("v5e", "int4-g128"), ("v6e", "int4-g32"), ("v5p", "int8"), ("v7x", "int4-g128")]
+)
+def test_tpu_programs_hold_the_kernel_and_no_whole_weight(chip, kind):
+    compiled = program(chip, kind, 16, 4096, 4096)
+    assert "tpu_custom_call" in str(compiled.as_text())
+    assert (
+        compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 // 2
+    )  # nothing as large as the weight itself
+
+
+@needs_cuda_compiler
+@pytest.mark.parametrize("kind", ["int4-g128", "int4-g32"])
+def test_hopper_programs_hold_the_kernel_and_spill_nothing(kind, monkeypatch, capfd):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    compiled = program("h200", kind, 16, 4096, 4096)
+    assert "mosaic_gpu" in str(compiled.as_text())
+    told = "".join(capfd.readouterr())
+    spilled = re.findall(r"(\d+) bytes spill", told)
+    assert spilled
+    assert not any(map(int, spilled)), told
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("chip", TPUS)
+@pytest.mark.parametrize("kind", ["int8", "int4-g32", "int4-g128"])
+def test_every_tpu_compiles_every_shape(chip, kind):
+    for tokens in TOKENS:
+        for n, k in WEIGHTS:
+            assert "tpu_custom_call" in str(program(chip, kind, tokens, n, k).as_text())
+
+
+@pytest.mark.slow
+@needs_cuda_compiler
+@pytest.mark.parametrize("kind", ["int8", "int4-g32", "int4-g128"])
+def test_hopper_compiles_every_shape(kind, monkeypatch, capfd):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    for tokens in TOKENS:
+        for n, k in WEIGHTS:
+            compiled = program("h200", kind, tokens, n, k)
+            if tokens <= mosaic_gpu.WORTH_TOKENS:
+                assert "mosaic_gpu" in str(compiled.as_text())
+    told = "".join(capfd.readouterr())
+    assert not any(map(int, re.findall(r"(\d+) bytes spill", told)))

@@ -1,0 +1,190 @@
+"""Models with weights in few bits: what is packed, that it is the rounded model, decoding, memory, refusals."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+import maxstack
+from maxstack.config import UserError
+from maxstack.kernels.quantized_matmul import KINDS, dequantize, quantize
+from maxstack.models import tree
+from maxstack.models.generation import Generator, SamplingParams
+from maxstack.models.generation.programs import programs_for
+from maxstack.models.packed import Packed, PackedLinear
+from maxstack.models.packing import Packing, is_packed, linears, packed
+from maxstack.models.save import save
+from maxstack.models.transformer import Transformer
+from tests.models.tiny import CONFIGS, VOCAB
+
+GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+
+
+@jax.jit(static_argnums=1)
+def there_and_back(w_nk, kind):
+    return dequantize(quantize(w_nk, kind))
+
+
+@functools.cache
+def made(name: str) -> Transformer:
+    return CONFIGS[name].build(jax.random.key(0))
+
+
+def rounded(model: Transformer, kind: str) -> Transformer:
+    """The model in full precision, with the weights that its packed form stands for: by hand, layer by layer."""
+    arrays = tree.leaves(model)
+    for name, linear in linears(model):
+        w, own = np.asarray(linear.w[...]), len(linear.axes)
+        stacked = w.shape[: w.ndim - own]
+        out = np.empty_like(w)
+        for index in np.ndindex(*stacked):
+            matrix = w[index].reshape(
+                int(np.prod(w.shape[len(stacked) : len(stacked) + linear.contract])), -1
+            )
+            out[index] = np.asarray(dequantize(quantize(jnp.asarray(matrix.T), kind))).T.reshape(
+                w[index].shape
+            )
+        arrays[f"{name}.w"] = jnp.asarray(out)
+    return tree.rebuild(model, arrays)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_a_packed_model_is_the_model_with_rounded_weights(name):
+    model = made(name)
+    tokens = jnp.asarray(np.arange(12)[None] % VOCAB)
+    for kind in KINDS if name == "grouped" else KINDS[1:2]:
+        few = packed(model, kind)
+        found = [type(tree.part(few, linear)) for linear, _ in linears(model)]
+        assert found
+        assert set(found) == {PackedLinear}
+        # The output projection is rounded in both: the hidden states are compared, and the logits with its table.
+        meant, given = (jax.jit(lambda m: m.hidden(tokens)[0])(m) for m in (rounded(model, kind), few))
+        np.testing.assert_allclose(np.asarray(given), np.asarray(meant), rtol=2e-4, atol=2e-4)
+        head_vd = there_and_back(model.unembedding().T / model.config.logit_scale, "int8")
+        logits = np.asarray(meant, np.float64) @ np.asarray(head_vd, np.float64).T * model.config.logit_scale
+        if (cap := model.config.logit_softcap) is not None:
+            logits = cap * np.tanh(logits / cap)
+        np.testing.assert_allclose(
+            np.asarray(jax.jit(lambda m: m(tokens))(few)), logits, rtol=5e-4, atol=5e-4
+        )
+
+
+def test_what_stays_is_shared_and_what_is_packed_is_small():
+    model = made("grouped")
+    few = packed(model, "int8")
+    before, after = tree.leaves(model), tree.leaves(few)
+    assert after["embedding.table"] is before["embedding.table"]
+    assert after["final_norm.scale"] is before["final_norm.scale"]
+    w = "stacks.0.layers.0.feed_forward.up.w"
+    assert w not in after
+    assert after[f"{w}.values"].dtype == jnp.int8
+    assert after[f"{w}.values"].size == before[w].size
+    four = tree.leaves(packed(model, "int4-g32"))
+    assert four[f"{w}.values"].dtype == jnp.uint8
+    assert four[f"{w}.values"].nbytes == before[w].size // 2
+    assert all(
+        isinstance(v, Packed) == (v_name not in before) for v_name, v in tree.named_variables(few).items()
+    )
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("on", ["cpu", "tpu"])  # the forms of the programs: unstacked, and a scan
+def test_generation_from_a_packed_model_is_that_of_its_full_forward(name, on):
+    few = packed(made(name), "int4-g32")
+    prompt = [3, 1, 4, 1, 5]
+    wanted = list(prompt)
+    forward = jax.jit(lambda tokens: few(tokens))
+    for _ in range(GREEDY.max_tokens):
+        padded = jnp.asarray([wanted + [0] * (12 - len(wanted))])
+        wanted.append(int(np.argmax(np.asarray(forward(padded))[0, len(wanted) - 1])))
+    done = Generator(few, end_ids=[], on=on).generate([prompt, prompt[:2]], GREEDY)
+    assert done[0].token_ids == wanted[len(prompt) :]
+
+
+def test_the_decode_step_reads_packed_bytes():
+    """No array in the compiled step is as large as a weight in full, but the token table that rows are taken of."""
+    config = dataclasses.replace(CONFIGS["grouped"], vocab_size=1000)
+    few = packed(config.build(jax.random.key(0)), "int4-g32")
+    programs, weights = programs_for(few, "cpu")
+    up = tree.leaves(few)["stacks.0.layers.0.feed_forward.up.w.values"]
+    packed_inputs = [leaf for leaf in weights if leaf.shape == up.shape[1:] and leaf.dtype == jnp.uint8]
+    assert packed_inputs
+    text = step_text(programs, weights, config)
+    assert "maxstack_int4_product" in text or not maxstack_native()
+    inner, outer = up.shape[1], few.config.width
+    assert not re.search(rf"f32\[{inner},{outer}\]|f32\[{outer},{inner}\]", text)
+    full = programs_for(config.build(jax.random.key(0)), "cpu")
+    assert re.search(
+        rf"f32\[{inner},{outer}\]", step_text(*full, config)
+    )  # the pattern finds what it looks for
+
+
+def maxstack_native() -> bool:
+    from maxstack.kernels import cpu_native
+
+    return cpu_native.available()
+
+
+def step_text(programs, weights, config) -> str:
+    """The compiled program of one decode step of one row."""
+    from maxstack.models.generation.params import row_settings
+    from maxstack.models.generation.sampling import Seen
+    from maxstack.models.generation.state import State
+
+    vocab = config.vocab_size
+    seen = Seen(jnp.zeros((1, vocab), bool), jnp.zeros((1, vocab), jnp.int32))
+    state = State(programs.empty(1, 128), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), seen)
+    settings = jax.device_put(row_settings([GREEDY], vocab))
+    return programs.compiled["pick"].lower(weights, state, settings).compile().as_text()
+
+
+def test_leaves_are_packed_one_by_one_while_they_are_read(tmp_path, monkeypatch):
+    model = made("grouped")
+    save(model, None, tmp_path / "model")
+    alive, most = [], []
+    whole = sum(a.nbytes for a in tree.leaves(model).values())
+    original = Packing.__call__
+
+    def counted(self, leaf, array):
+        found = original(self, leaf, array)
+        alive.append(sum(a.nbytes for a in found.values()))
+        most.append(sum(alive[:-1]) + array.nbytes)
+        return found
+
+    monkeypatch.setattr(Packing, "__call__", counted)
+    few, _ = maxstack.load(tmp_path / "model", weights="int4-g32")
+    assert is_packed(few)
+    assert max(most) < 0.7 * whole  # the tiny model's table is a good part of it
+    again = packed(model, "int4-g32")
+    for name, array in tree.leaves(again).items():
+        np.testing.assert_array_equal(
+            np.asarray(tree.leaves(few)[name], np.float32), np.asarray(array, np.float32)
+        )
+
+
+def test_what_cannot_be_is_refused_with_the_way_out(tmp_path):
+    model = made("grouped")
+    few = packed(model, "int8")
+    with pytest.raises(
+        UserError, match="packed in few bits, which is not written: load it again without weights="
+    ):
+        save(few, None, tmp_path / "out")
+    with pytest.raises(UserError, match="packed already: load it again"):
+        packed(few, "int8")
+    with pytest.raises((UserError, jaxtyping.TypeCheckError), match="int3"):
+        maxstack.load(tmp_path, weights="int3")
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    with pytest.raises(UserError, match="packed weights are not cut over devices yet"):
+        maxstack.load(tmp_path, weights="int8", mesh=mesh)
+    arrays = tree.leaves(model)
+    name = "stacks.0.layers.0.feed_forward.up.w"
+    arrays[name] = arrays[name].at[0, 0, 0].set(jnp.nan)
+    with pytest.raises(
+        UserError, match=f"{name} has weights that are not finite: they cannot be rounded to int8"
+    ):
+        packed(tree.rebuild(model, arrays), "int8")
