@@ -45,6 +45,9 @@ VERBS = {
     "convert": Verb("maxstack.models.convert_command", "write a model for transformers or llama.cpp"),
     "inspect": Verb("maxstack.inspect_command", "show a run, checkpoint, model folder or data shard"),
     "data": Verb("maxstack.data.command", "fetch and prepare training data"),
+    "bench": Verb(
+        "maxstack.bench.command", "time the kernels on this machine beside what one would use instead"
+    ),
     "demo": Verb("maxstack.demo", "from nothing to a trained model that speaks, with a report"),
 }
 

@@ -17,7 +17,7 @@ from maxstack.kernels.attention.masks import Coordinates, Options, visible
 from maxstack.kernels.attention.mosaic_tpu import DEFAULT, TpuBlocks
 from maxstack.kernels.attention.mosaic_tpu_tiling import LANES, Scalars, tile
 from maxstack.kernels.dispatch import Chip, chip_of, compiling_for
-from tests.kernels.chips import TPUS, compiled_for, device_of, needs_libtpu, shapes, without_cache
+from tests.kernels.chips import TPUS, as_users_compile, compiled_for, device_of, needs_libtpu, shapes
 
 SMALL = TpuBlocks(rows=128, key=128, chunk=128, backward_rows=128, backward_key=128, backward_chunk=128)
 # Two chunks a block, all heads of a kv head in a block of rows, and a kernel of its own for dq.
@@ -496,7 +496,7 @@ def test_a_whole_training_step_on_four_chips_has_the_kernels_inside():
     optim = OptimConfig()
     plan = states.layout(model, optim, mesh, zero=mesh_config.zero, steps=10)
     step = train_step(plan, pretrain, optim, SafetyConfig(), 0.0, 10)
-    with compiling_for(chip_of(first)), without_cache():
+    with compiling_for(chip_of(first)), as_users_compile():
         program = compiled_step(plan, step, abstract_batch(plan, 1, 4, 512), plan.abstract(model))
     text = program.as_text() or ""
     for name in ("attention_forward", "attention_backward"):

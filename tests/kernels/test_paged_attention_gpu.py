@@ -104,7 +104,7 @@ def test_serving_shapes_compile_without_spills_and_copies(model, kind, t, monkey
     )
     said = capfd.readouterr()
     assert "0 bytes spill stores, 0 bytes spill loads" in said.out + said.err
-    assert "mosaic_gpu" in program.as_text()
+    assert "mosaic_gpu" in (program.as_text() or "")
     memory = program.memory_analysis()
     assert memory.temp_size_in_bytes < memory.argument_size_in_bytes / 5  # no copy of a pool
     registers = [line for line in (said.out + said.err).splitlines() if "registers" in line]
