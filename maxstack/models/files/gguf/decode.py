@@ -8,7 +8,7 @@ https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
 import numpy as np
 
 _HALF = 16
-_FOUR_BIT_FLOATS = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+_FOUR_BIT_FLOATS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
 def half(blocks: np.ndarray, start: int) -> np.ndarray:
