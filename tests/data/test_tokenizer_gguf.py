@@ -197,3 +197,17 @@ def test_smollm2_has_its_published_ids():
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (1, 2, 0)
     assert tokenizer.encode("<|im_start|>", special=True) == [1]
     assert "SmolLM" in str(tokenizer.chat_template)
+
+
+def test_models_called_phi_3_drop_white_space_behind_their_special_tokens():
+    """llama.cpp goes by the model's name, src/llama-vocab.cpp."""
+    size = len(WORDS["llama-bpe"]["tokens"])
+    tokens = [*WORDS["llama-bpe"]["tokens"], "<unk>", "<s>", "<|endoftext|>", "</s>", "<|user|>"]
+    fields = metadata("llama-bpe", tokens=tokens, token_type=[1] * size + [3] * 5)
+    plain, named = (tokenizer_from_gguf(fields | {"general.name": name}) for name in ("model", "Phi-3 mini"))
+    text = "<|user|>\n"
+    assert named.encode(text, special=True) == [size + 4]
+    assert len(plain.encode(text, special=True)) == 2
+    assert len(named.encode("<s>\n", special=True)) == 2
+    assert gguf_tokenizer(named)["general.name"] == "phi3"
+    assert "general.name" not in gguf_tokenizer(plain)
