@@ -38,12 +38,12 @@ class TpuBlocks:
 
 BLOCKS = {
     "v5e": TpuBlocks(rows=512, vmem_mib=96, dq_mib=72),
-    "v5p": TpuBlocks(chunk=256),
+    "v5p": TpuBlocks(chunk=256, vmem_mib=56),
     "v6e": TpuBlocks(vmem_mib=96, dq_mib=72),
-    "v7x": TpuBlocks(),
+    "v7x": TpuBlocks(vmem_mib=56),
 }
-"""Starting points: tokamax's for v5p and v6e, guesses for the others; none was measured here. Memory: three quarters of
-the 128 MiB of a v5e or v6e and of the 64 MiB of a v5p or v7x core."""
+"""Starting points: tokamax's for v5p and v6e, guesses for the others; none was measured here. Memory:
+three quarters of the 128 MiB of a v5e or v6e, seven eighths of the 64 MiB of a v5p or v7x core."""
 DEFAULT = TpuBlocks(
     rows=512,
     key=512,
@@ -64,6 +64,8 @@ def declined(q_btnh, k_bskh, v_bskw, options: Options, at: Coordinates, config: 
     """Why this backend cannot serve a call; None if it can."""
     if (reason := only_on("tpu")) is not None:
         return reason
+    if chip().name in ("v2", "v3"):
+        return f"kernels of a {chip().name} multiply no bfloat16, and its scalar memory is too small; it needs a v4"
     if config is not None and not isinstance(config, TpuBlocks):
         return f"it takes mosaic_tpu.TpuBlocks, and config is {type(config).__name__}"
     if q_btnh.dtype not in (jnp.bfloat16, jnp.float32):
