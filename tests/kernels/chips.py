@@ -65,7 +65,7 @@ def compiled_for(
 @contextlib.contextmanager
 def as_users_compile() -> Iterator[None]:
     """All optimizations, and no cache: a program for an absent chip can be written there, but not read again."""
-    settings = {"jax_enable_compilation_cache": False, "jax_disable_most_optimizations": False}
+    settings = {"jax_persistent_cache_min_compile_time_secs": 1e9, "jax_disable_most_optimizations": False}
     before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
