@@ -1,5 +1,8 @@
 """Forward kernel of attention on Hopper. Timeline and terms: `mosaic_gpu`."""
 
+# One body of a kernel and its scratch: in parts it would be longer.
+# ruff: noqa: C901, PLR0915
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,9 +23,11 @@ from maxstack.kernels.attention.mosaic_gpu_tile import (
     Blocks,
     Side,
     across,
-    add_product,
+    add_products,
     capped,
     in_eights,
+    launch,
+    log_factor,
     masked,
     row_of,
     shared,
@@ -41,17 +46,17 @@ def forward(options: Options, blocks: Blocks, q_btnh, k_bskh, v_bskw, sinks_n, a
     count = 0 if ids.q is None else ids.q.shape[1]
     given = (at.q_positions is not None, at.q_segments is not None)
     # The part of the queries that is as large as the values gives its place to the output in the end.
-    parts = [pl.ds(0, w)] + ([pl.ds(w, h - w)] if h > w else [])
+    sizes = [w, h - w] if h > w else [w]
+    parts = [pl.ds(w * i, size) for i, size in enumerate(sizes)]
     reaches_beyond = s if s % keys else None
     span = spans.spans(spans.pairs(at, options, t, s, ROWS, keys), COMPUTE)
     span_rows, id_rows = span.shape[0], 0 if ids.q is None else ids.q.shape[0]
     inputs = {"q": q_btnh, "k": k_bskh, "v": v_bskw, "span": span, "q_ids": ids.q, "kv_ids": ids.kv}
     inputs["sinks"] = None if sinks_n is None else sinks_n.astype(jnp.float32)
-    inputs = {name: array for name, array in inputs.items() if array is not None}
 
-    def kernel(*refs, q_parts, k_s, v_s, lse_s, p_s, ids_s, q_ready, k_ready, v_ready, k_free, v_free, turn):
-        of = dict(zip(inputs, refs, strict=False))
-        out, lse = refs[len(inputs) :]
+    def attention_forward(
+        of, out, lse, q_parts, k_s, v_s, lse_s, p_s, ids_s, q_ready, k_ready, v_ready, k_free, v_free, turn
+    ):
         head, row, warpgroup = lax.axis_index("head"), lax.axis_index("row"), lax.axis_index("warpgroup")
         # The programs that start last should be short: under a causal mask late queries see most keys.
         group = tall // (COMPUTE * ROWS) - 1 - lax.axis_index("group")
@@ -98,16 +103,16 @@ def forward(options: Options, blocks: Blocks, q_btnh, k_bskh, v_bskw, sinks_n, a
                 x = pl.run_scoped(multiply, plgpu.ACC((ROWS, keys), jnp.float32))
                 if not count:
                     plgpu.barrier_arrive(k_free.at[slot])
-                x, factor = capped(x, options)
+                x, factor = capped(x, options), log_factor(options)
 
-                def hide(x):
-                    kv_ids = [plgpu.load(ids_s.at[slot, i], layout=COLUMN) for i in range(count)]
+                def with_mask(x):
+                    kv_ids = [plgpu.load(ids_s.at[slot, c], layout=COLUMN) for c in range(count)]
                     if count:
                         plgpu.commit_smem()  # they are read before memory is moved over them
                     sides = Side(start, 0, q_ids), Side(i * keys, 1, kv_ids)
                     return masked(x, options, *sides, reaches_beyond, given, -jnp.inf)
 
-                x = lax.cond((i < whole) | (i >= whole_end), hide, lambda x: x, x)
+                x = lax.cond((i < whole) | (i >= whole_end), with_mask, lambda x: x, x)
                 if count:
                     plgpu.barrier_arrive(k_free.at[slot])
                 new_top = jnp.maximum(top, x.max(axis=1) * factor)
@@ -121,7 +126,8 @@ def forward(options: Options, blocks: Blocks, q_btnh, k_bskh, v_bskw, sinks_n, a
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(v_ready.at[slot])
                 plgpu.barrier_wait(turn)
-                acc = add_product(acc, p, v_s.at[slot], p_s.at[warpgroup] if p_s is not None else None)
+                spare = None if p_s is None else p_s.at[warpgroup]
+                (acc,) = add_products((acc,), (p,), (v_s.at[slot],), spare)
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc, new_top, total
 
@@ -178,31 +184,23 @@ def forward(options: Options, blocks: Blocks, q_btnh, k_bskh, v_bskw, sinks_n, a
             lax.fori_loop(begin, end, load, None)
             lax.fori_loop(jnp.maximum(end - stages, begin), end, drain, None)
 
-    out, lse = plgpu.kernel(
-        kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((b, tall, n, w), dtype),
-            jax.ShapeDtypeStruct((b, n, tall), jnp.float32),
-        ),
-        scratch_types={
-            "q_parts": [shared((COMPUTE, ROWS, part.size), dtype) for part in parts],
-            "k_s": shared((stages, keys, h), dtype),
-            "v_s": shared((stages, keys, w), dtype),
-            "lse_s": plgpu.SMEM((COMPUTE, ROWS), jnp.float32),
-            "p_s": shared((COMPUTE, ROWS, keys), dtype) if blocks.through_shared else None,
-            "ids_s": plgpu.SMEM((stages, count, keys), jnp.int32) if count else None,
-            "q_ready": plgpu.Barrier(num_arrivals=len(parts), num_barriers=COMPUTE),
-            "k_ready": plgpu.Barrier(num_arrivals=1 + count, num_barriers=stages),
-            "v_ready": plgpu.Barrier(num_barriers=stages),
-            "k_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
-            "v_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
-            "turn": plgpu.Barrier(num_arrivals=COMPUTE),
-        },
-        grid=(n, tall // (COMPUTE * ROWS), b),
-        grid_names=("head", "group", "row"),
-        num_threads=COMPUTE + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="attention_forward",
-    )(*inputs.values())
+    scratch = {
+        "q_parts": [shared((COMPUTE, ROWS, size), dtype) for size in sizes],
+        "k_s": shared((stages, keys, h), dtype),
+        "v_s": shared((stages, keys, w), dtype),
+        "lse_s": plgpu.SMEM((COMPUTE, ROWS), jnp.float32),
+        "p_s": shared((COMPUTE, ROWS, keys), dtype) if blocks.through_shared else None,
+        "ids_s": plgpu.SMEM((stages, count, keys), jnp.int32) if count else None,
+        "q_ready": plgpu.Barrier(num_arrivals=len(parts), num_barriers=COMPUTE),
+        "k_ready": plgpu.Barrier(num_arrivals=1 + count, num_barriers=stages),
+        "v_ready": plgpu.Barrier(num_barriers=stages),
+        "k_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+        "v_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+        "turn": plgpu.Barrier(num_arrivals=COMPUTE),
+    }
+    outputs = (
+        jax.ShapeDtypeStruct((b, tall, n, w), dtype),
+        jax.ShapeDtypeStruct((b, n, tall), jnp.float32),
+    )
+    out, lse = launch(attention_forward, inputs, outputs, scratch, (n, tall // (COMPUTE * ROWS), b))
     return out[:, :t], lse

@@ -1,9 +1,9 @@
-"""Which keys a block of queries can see, for the Hopper kernels: bounds of loops, and the mask inside of a tile.
+"""Which keys a block of queries can see, for the Hopper kernels: bounds of loops, and ids for the mask of a tile.
 
 A *span* is four numbers: blocks `[first, last)` are visited, and of these `[whole, whole_end)` need no mask, for every
-pair in them is visible. They come from the extremes of positions and segments of each block, so they hold for any
-ids whatever; for causal rows, windows and packed documents, whose visible keys are one range, no block is visited in
-vain. What a mask is asked for inside of a tile is asked element by element (`Ids.visible`), never assumed.
+pair in them is visible. They come from the extremes of positions and segments of each block, so they hold for any ids
+whatever; for causal rows and windows no block is visited in vain, for packed documents hardly one. Inside of a tile
+the mask is asked element by element, by the ids themselves: nothing is assumed of their order.
 """
 
 from typing import NamedTuple
@@ -106,6 +106,15 @@ def ids(at: Coordinates, q_block: int, kv_block: int) -> Ids:
         _stacked((at.q_positions, at.q_segments), q_block),
         _stacked((at.kv_positions, at.kv_segments), kv_block),
     )
+
+
+def with_indices(at: Coordinates, t: int, s: int) -> Coordinates:
+    """`at` with the indices as positions, where none are given."""
+    if at.q_positions is not None:
+        return at
+    b = 1 if at.q_segments is None else at.q_segments.shape[0]
+    q, kv = (jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (b, size)) for size in (t, s))
+    return at._replace(q_positions=q, kv_positions=kv)
 
 
 def _stacked(given, block: int):
