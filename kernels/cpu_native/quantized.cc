@@ -17,7 +17,8 @@
 
 namespace {
 
-constexpr int64_t kPieceBytes = 1 << 15;  // of weights: some microseconds
+constexpr int64_t kPieceBytes = 1 << 15;   // of weights: some microseconds
+constexpr int64_t kCachedBytes = 3 << 13;  // of activations: most of a first cache
 
 // kLanes int8 as float.
 inline Vec widened(const int8_t* p) {
@@ -157,6 +158,7 @@ inline Vec of_lanes(const float* scales, int64_t chunk) {
 
 struct Int4 {
   int64_t rows, k, n, chunks, bytes;  // bytes: of a row of weights
+  int64_t first, last;                // chunks of the run that is added
   int64_t groups;               // of a row of scales, as laid out for a piece
 };
 
@@ -168,12 +170,12 @@ inline void add_values(Vec (&acc)[B][R], const Words (&words)[R], const float* x
   }
 }
 
-// y[b, r] for B rows of x, laid out, and R rows of w; `scales` and `zeros` are those of the R rows.
+// y[b, r], over a run of chunks, for B rows of x, laid out, and R rows of w; `scales` and `zeros` are those of the R rows.
 template <int B, int R, int kGroup, bool kZeros>
 inline void int4_tile(const Int4& s, const float* x, const uint8_t* w, const float* scales, const float* zeros,
                       float* y) {
   Vec total[B][R] = {};
-  for (int64_t c = 0; c < s.chunks; ++c) {
+  for (int64_t c = s.first; c < s.last; ++c) {
     const float* own = x + c * s.rows * kLaid;
     Words words[R];
     for (int r = 0; r < R; ++r)
@@ -201,7 +203,7 @@ inline void int4_tile(const Int4& s, const float* x, const uint8_t* w, const flo
     }
   }
   for (int b = 0; b < B; ++b)
-    for (int r = 0; r < R; ++r) y[b * s.n + r] = sum(total[b][r]);
+    for (int r = 0; r < R; ++r) y[b * s.n + r] = sum(total[b][r]) + (s.first > 0 ? y[b * s.n + r] : 0);
 }
 
 template <int R, int kGroup, bool kZeros>
@@ -263,8 +265,11 @@ void int4_pieces(ffi::ThreadPool& pool, Int4 s, const float* x, const uint8_t* w
   s.groups = std::max<int64_t>(groups, s.chunks * std::max<int64_t>(1, kChunk / kGroup));
   auto laid = std::make_shared<std::vector<float>>(laid_out(x, s));
   int64_t block = std::max<int64_t>(4, kPieceBytes / s.bytes / 4 * 4), pieces = (s.n + block - 1) / block;
+  // So many chunks of x stay in the first cache while all outputs of a piece go through them.
+  int64_t at_once = std::max<int64_t>(8, kCachedBytes / (4 * kLaid * s.rows));
   deal(pool, pieces, [=](int64_t i) {
     int64_t first = i * block, o = first, end = std::min(s.n, o + block);
+    Int4 part = s;
     thread_local std::vector<float> scales, zeros;
     turned(scale, groups, s, o, end, scales);
     if (kZeros) turned(zero, groups, s, o, end, zeros);
@@ -272,13 +277,17 @@ void int4_pieces(ffi::ThreadPool& pool, Int4 s, const float* x, const uint8_t* w
       constexpr int R = decltype(step)::value;
       for (; o + R <= end; o += R) {
         int64_t at = (o - first) * s.groups;
-        int4_columns<R, kGroup, kZeros>(s, laid->data(), w + o * s.bytes, scales.data() + at,
+        int4_columns<R, kGroup, kZeros>(part, laid->data(), w + o * s.bytes, scales.data() + at,
                                         kZeros ? zeros.data() + at : nullptr, y + o);
       }
     };
-    if (s.rows == 1) run(std::integral_constant<int, 4>{});
-    if (s.rows < 4) run(std::integral_constant<int, 2>{});
-    run(std::integral_constant<int, 1>{});
+    for (; part.first < s.chunks; part.first = part.last) {
+      part.last = std::min(s.chunks, part.first + at_once);
+      o = first;
+      if (s.rows == 1) run(std::integral_constant<int, 4>{});
+      if (s.rows < 4) run(std::integral_constant<int, 2>{});
+      run(std::integral_constant<int, 1>{});
+    }
   });
 }
 
@@ -290,7 +299,7 @@ static ffi::Error Int4Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi
                               ffi::Buffer<ffi::BF16> scale, ffi::Buffer<ffi::BF16> zero,
                               ffi::ResultBuffer<ffi::F32> y, int64_t group) {
   int64_t rows = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
-  Int4 s{rows, k, n, (k + kChunk - 1) / kChunk, (k + 1) / 2, 0};
+  Int4 s{rows, k, n, (k + kChunk - 1) / kChunk, (k + 1) / 2, 0, 0, 0};
   const auto* sp = reinterpret_cast<const uint16_t*>(scale.untyped_data());
   const auto* zp = reinterpret_cast<const uint16_t*>(zero.untyped_data());
   bool zeros = zero.element_count() > 0;

@@ -13,7 +13,7 @@ import pytest
 import maxstack
 from maxstack.config import UserError
 from maxstack.kernels.quantized_matmul import KINDS, dequantize, quantize
-from maxstack.models import tree
+from maxstack.models import packing, tree
 from maxstack.models.generation import Generator, SamplingParams
 from maxstack.models.generation.programs import programs_for
 from maxstack.models.packed import Packed, PackedLinear
@@ -188,3 +188,11 @@ def test_what_cannot_be_is_refused_with_the_way_out(tmp_path):
         UserError, match=f"{name} has weights that are not finite: they cannot be rounded to int8"
     ):
         packed(tree.rebuild(model, arrays), "int8")
+
+
+def test_runs_of_outputs_are_those_of_the_whole(monkeypatch):
+    model = made("grouped")
+    whole = tree.leaves(packed(model, "int4-g32"))
+    monkeypatch.setattr(packing, "RUN", 3 * model.config.width)
+    for name, array in tree.leaves(packed(model, "int4-g32")).items():
+        np.testing.assert_array_equal(np.asarray(array, np.float32), np.asarray(whole[name], np.float32))
