@@ -2,8 +2,10 @@
 
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from maxstack.kernels import dispatch
@@ -187,11 +189,30 @@ def _written(slots, pools, new, axes):
     page, place = slots
 
     def put(pool, new, axis):
-        at = (page, *(slice(None),) * (axis - 1), place)
         rows = new.reshape(-1, *new.shape[2:]).astype(pool.dtype)
+        if dispatch.chip().platform == "tpu":
+            return _written_one_by_one(pool, rows, page, place, axis)
+        at = (page, *(slice(None),) * (axis - 1), place)
         return pool.at[at].set(rows, mode="drop", unique_indices=True)
 
     return tuple(put(*each) for each in zip(pools, new, axes, strict=True))
+
+
+def _written_one_by_one(pool, rows, page, place, axis: int):
+    """XLA for TPUs turns the whole pool around for a scatter, and back; updates of slices are made in place."""
+
+    # As the pool lies: with no lane empty. Left to itself XLA picks another order for the loop, and copies.
+    order = (0, 1, 3, 2) if pool.ndim == 4 and pool.shape[3] % 128 else tuple(range(pool.ndim))
+
+    def write(i, pool):
+        row = jnp.expand_dims(rows[i], (0, axis))
+        at = [page[i], *(0,) * (pool.ndim - 1)]
+        at[axis] = place[i]
+        before = jax.lax.dynamic_slice(pool, at, row.shape)
+        pool = jax.lax.dynamic_update_slice(pool, jnp.where(page[i] < pool.shape[0], row, before), at)
+        return with_layout_constraint(pool, Layout(major_to_minor=order))
+
+    return jax.lax.fori_loop(0, len(rows), write, pool)
 
 
 def _page_type(dtype: str, size: int) -> tuple[jnp.dtype, int]:

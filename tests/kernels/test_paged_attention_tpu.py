@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from maxstack.kernels.dispatch import Chip, compiling_for
 from maxstack.kernels.paged_attention import (
+    append_kv,
     init_cache,
     init_latent_cache,
     latent_paged_attention,
@@ -193,3 +194,21 @@ def test_latents_compile(chip, kind):
         jax.ShapeDtypeStruct((SEQUENCES,), jnp.int32),
     )
     assert_kernel_without_copies(program)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("size", [64, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["int8", *(pytest.param(k, marks=pytest.mark.slow) for k in ("bfloat16", "int4"))]
+)
+def test_written_pages_are_not_copied(kind, size):
+    """Beside its arguments and results the program needs less than a fiftieth of the pool."""
+    with compiling_for(Chip("tpu", "v5e")):
+        cache = jax.eval_shape(lambda: init_cache(POOL, 8, size, dtype=kind))
+    new = jax.ShapeDtypeStruct((SEQUENCES, 1, 8, size), jnp.bfloat16)
+    table, lengths = (
+        jax.ShapeDtypeStruct((SEQUENCES, ENTRIES), jnp.int32),
+        jax.ShapeDtypeStruct((SEQUENCES,), jnp.int32),
+    )
+    memory = compiled_for("v5e", append_kv, cache, new, new, table, lengths).memory_analysis()
+    assert memory.temp_size_in_bytes < memory.argument_size_in_bytes / 50
