@@ -92,7 +92,78 @@ def tpu_attention(chips: list[str], lengths: list[int], models: list[str]) -> li
     return rows
 
 
-TABLES: dict[str, Callable[[list[str], list[int], list[str]], list[Row]]] = {"tpu-attention": tpu_attention}
+PEAKS = {
+    "H200": (989.4, 4800), "v5e": (197, 819), "v5p": (459, 2765), "v6e": (918, 1640), "v7x": (2307, 7380),
+}  # fmt: skip
+"""bfloat16 TFLOP/s and GB/s of memory of a chip: nvidia.com/en-us/data-center/h200, cloud.google.com/tpu/docs."""
+
+
+def work() -> list[tuple[str, str, float, float]]:
+    """(kernel, shape, FLOPs, bytes) that have to be computed and moved, whatever computes and moves them."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from maxstack.kernels.paged_attention import bytes_moved, init_cache
+    from maxstack.kernels.quantized_matmul import quantize
+
+    n, k, h, w = MODELS["8B"]
+    found = []
+    for t in (2048, 8192):
+        pairs, read = n * t * (t + 1) / 2, 2 * t * (n * h + k * h + k * w)
+        out = 2 * t * n * w
+        found.append(("attention, forward", f"8B, {t:,} tokens", 2 * pairs * (h + w), read + out))
+        # S again, dP, dV, dQ, dK; q, k, v, out and its gradient in, three gradients out.
+        found.append(
+            ("attention, backward", f"8B, {t:,} tokens", 2 * pairs * (3 * h + 2 * w), 2 * read + 2 * out)
+        )
+    sequences, length, page = 64, 8192, 128
+    for dtype in ("bfloat16", "int8", "int4"):
+        cache = jax.eval_shape(
+            lambda d=dtype: init_cache(sequences * length // page, k, h, page=page, dtype=d)
+        )
+        moved = bytes_moved(cache, np.full(sequences, length), (sequences, n, h))
+        shape = f"8B, {sequences} sequences of {length:,}"
+        found.append((f"paged decode, {dtype}", shape, 4.0 * sequences * length * n * h, moved))
+    inputs, outputs = 8192, 28_672
+    for tokens in (1, 64, 4096):
+        flops, activations = 2.0 * tokens * inputs * outputs, 2 * tokens * (inputs + outputs)
+        shape = f"{tokens:,} tokens, {inputs:,} to {outputs:,}"
+        found.append(("matmul, bfloat16", shape, flops, 2 * inputs * outputs + activations))
+        for kind in ("int8", "int4-g128"):
+            weight = jax.ShapeDtypeStruct((outputs, inputs), jnp.bfloat16)
+            scale = jax.eval_shape(lambda x, kind=kind: quantize(x, kind), weight).scale
+            values = inputs * outputs * (1.0 if kind == "int8" else 0.5)
+            packed = values + scale.size * scale.dtype.itemsize
+            found.append((f"matmul, {kind}", shape, flops, packed + activations))
+    tokens, width, vocabulary = 8192, 4096, 152_064
+    moved = 2 * (2 * tokens * width + 2 * width * vocabulary)
+    shape = f"{tokens:,} tokens, {width:,} to {vocabulary:,}"
+    found.append(("cross-entropy and gradients", shape, 6.0 * tokens * width * vocabulary, moved))
+    return found
+
+
+def roofline(*_: Any) -> list[Row]:
+    """The least time that each kernel can take on a chip, and what bounds it: products (p) or memory (m)."""
+    rows = []
+    for kernel, shape, flops, moved in work():
+        row: Row = {
+            "kernel": kernel,
+            "shape": shape,
+            "GFLOP": f"{flops / 1e9:,.1f}",
+            "MB": f"{moved / 1e6:,.1f}",
+        }
+        for chip, (tera, giga) in PEAKS.items():
+            products, memory = flops / tera / 1e6, moved / giga / 1e3
+            row[f"{chip}, µs"] = f"{max(products, memory):,.0f} {'p' if products > memory else 'm'}"
+        rows.append(row)
+    return rows
+
+
+TABLES: dict[str, Callable[[list[str], list[int], list[str]], list[Row]]] = {
+    "tpu-attention": tpu_attention,
+    "roofline": roofline,
+}
 
 
 def table(rows: list[Row]) -> str:
