@@ -16,7 +16,7 @@ from tests.kernels.chips import HOPPER, compiled_for, needs_cuda_compiler
 from tests.kernels.paged import brute_force, moved, paged, queries
 
 # Queries, weights and values meet in bfloat16 (8 bits): a hundredth of outputs of size 1, on the safe side.
-CLOSE = {"rtol": 0, "atol": 1.5e-2}
+CLOSE = {"rtol": 0.0, "atol": 1.5e-2}
 
 
 def interpreted(q, cache, table, lengths, sinks=None, **options):
@@ -104,7 +104,7 @@ def test_serving_shapes_compile_without_spills_and_copies(model, kind, t, monkey
     )
     said = capfd.readouterr()
     assert "0 bytes spill stores, 0 bytes spill loads" in said.out + said.err
-    assert "mosaic_gpu" in program.as_text()
+    assert "mosaic_gpu" in (program.as_text() or "")
     memory = program.memory_analysis()
     assert memory.temp_size_in_bytes < memory.argument_size_in_bytes / 5  # no copy of a pool
     registers = [line for line in (said.out + said.err).splitlines() if "registers" in line]
