@@ -16,7 +16,7 @@ from tests.kernels.chips import HOPPER, compiled_for, needs_cuda_compiler
 from tests.kernels.paged import brute_force, moved, paged, queries
 
 # Queries, weights and values meet in bfloat16 (8 bits): a hundredth of outputs of size 1, on the safe side.
-CLOSE = {"rtol": 0, "atol": 1.5e-2}
+CLOSE = {"rtol": 0.0, "atol": 1.5e-2}
 
 
 def interpreted(q, cache, table, lengths, sinks=None, **options):

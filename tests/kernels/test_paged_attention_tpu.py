@@ -23,7 +23,7 @@ from tests.kernels.chips import TPUS, compiled_for, needs_libtpu
 from tests.kernels.paged import brute_force, latent_cache, moved, paged, queries
 
 # Weights and values meet in bfloat16 (8 bits): a hundredth of outputs of size 1, on the safe side.
-CLOSE = {"rtol": 0, "atol": 1.5e-2}
+CLOSE = {"rtol": 0.0, "atol": 1.5e-2}
 EXACT = {"rtol": 2e-5, "atol": 2e-5}
 CAREFUL = pltpu.InterpretParams(dma_execution_mode="on_wait", detect_races=True, uninitialized_memory="nan")
 
@@ -73,7 +73,7 @@ QUICK = ("bfloat16 window, cap", "int8, exact products")
 )
 @pytest.mark.parametrize("size", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_interpreted_kernel_equals_brute_force_without_races(case, size):
-    kind, dtype, t, lengths, options, close = CASES[case]
+    kind, dtype, t, lengths, options, tolerance = CASES[case]
     made = paged(lengths, heads=2, size=size, page=128, entries=3, kind=kind)
     q = queries(len(lengths), t, 4, size, dtype)
     sinks = np.array([0.5, -1, 0, 1])
@@ -81,7 +81,7 @@ def test_interpreted_kernel_equals_brute_force_without_races(case, size):
     options = {name: value for name, value in options.items() if name != "splits"}
     wanted = brute_force(np.asarray(q, np.float64), made.k, made.v, lengths, sinks=sinks, **options)
     for one, other in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(one, other, rtol=close["rtol"], atol=close["atol"])
+        np.testing.assert_allclose(one, other, rtol=tolerance["rtol"], atol=tolerance["atol"])
 
 
 @pytest.mark.slow
