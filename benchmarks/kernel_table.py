@@ -108,7 +108,7 @@ def work() -> list[tuple[str, str, float, float]]:
     from maxstack.kernels.quantized_matmul import quantize
 
     n, k, h, w = MODELS["8B"]
-    found = []
+    found: list[tuple[str, str, float, float]] = []
     for t in (2048, 8192):
         pairs, read = n * t * (t + 1) / 2, 2 * t * (n * h + k * h + k * w)
         out = 2 * t * n * w
@@ -118,7 +118,9 @@ def work() -> list[tuple[str, str, float, float]]:
             ("attention, backward", f"8B, {t:,} tokens", 2 * pairs * (3 * h + 2 * w), 2 * read + 2 * out)
         )
     sequences, length, page = 64, 8192, 128
-    for dtype in ("bfloat16", "int8", "int4"):
+    dtypes: tuple[Any, ...] = ("bfloat16", "int8", "int4")
+    kinds: tuple[Any, ...] = ("int8", "int4-g128")
+    for dtype in dtypes:
         cache = jax.eval_shape(
             lambda d=dtype: init_cache(sequences * length // page, k, h, page=page, dtype=d)
         )
@@ -130,7 +132,7 @@ def work() -> list[tuple[str, str, float, float]]:
         flops, activations = 2.0 * tokens * inputs * outputs, 2 * tokens * (inputs + outputs)
         shape = f"{tokens:,} tokens, {inputs:,} to {outputs:,}"
         found.append(("matmul, bfloat16", shape, flops, 2 * inputs * outputs + activations))
-        for kind in ("int8", "int4-g128"):
+        for kind in kinds:
             weight = jax.ShapeDtypeStruct((outputs, inputs), jnp.bfloat16)
             scale = jax.eval_shape(lambda x, kind=kind: quantize(x, kind), weight).scale
             values = inputs * outputs * (1.0 if kind == "int8" else 0.5)

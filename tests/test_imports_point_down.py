@@ -18,7 +18,7 @@ LAYERS = [
     {"sharding", "checkpoint", "telemetry"},
     {"optim", "data", "models"},
     {"train", "tune", "serve", "quant", "chat"},
-    {"agent", "tools", "evals", "plan"},
+    {"agent", "tools", "evals", "plan", "bench"},
     {"cli", "demo", "inspect_command", "__init__", "__main__"},
 ]
 LAYER = {part: level for level, layer in enumerate(LAYERS) for part in layer}
@@ -167,7 +167,9 @@ def test_importing_the_package_and_its_command_line_does_nothing_and_is_light():
 def test_importing_any_module_touches_no_device_and_no_environment_variable():
     # jax and orbax set variables and start threads of their own when they are imported; they come first.
     modules = sorted(name for _, name, _ in sources() if name != "maxstack.__main__")  # which is there to run
-    done = probed(", ".join(modules), "import jax, flax, grain, orbax.checkpoint")
+    done = probed(
+        ", ".join(modules), "import jax, flax, grain, orbax.checkpoint, jax.experimental.pallas.mosaic_gpu"
+    )
     assert done["devices"] is False
     assert done["environment"] is True
 

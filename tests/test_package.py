@@ -104,7 +104,7 @@ def third_party_imports(folder: Path) -> set[str]:
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names.add((node.module or "").split(".")[0])
-    return names - set(sys.stdlib_module_names) - {"maxstack", "tests"}
+    return names - set(sys.stdlib_module_names) - {"maxstack", "tests", "benchmarks"}
 
 
 @pytest.mark.parametrize("folder", ["maxstack", "kernels", "configs", "tests"])

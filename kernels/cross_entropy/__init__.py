@@ -9,9 +9,13 @@ from jaxtyping import Array, Float, Int
 from maxstack.kernels import Unsupported
 from maxstack.kernels.cross_entropy import reference, xla
 from maxstack.kernels.cross_entropy.layout import Layout, Options
+from maxstack.kernels.dispatch import choose
 from maxstack.kernels.sharded import dim_axes, explicit_mesh, spec
 
 Implementation = Literal["auto", "xla", "reference", "mosaic_gpu", "mosaic_tpu"]
+_NOT_BUILT = "it is not built yet; 'xla' serves the call"
+BACKENDS = {"xla": None, "reference": None, "mosaic_gpu": _NOT_BUILT, "mosaic_tpu": _NOT_BUILT}
+NAMED_ONLY = ("reference", "mosaic_gpu", "mosaic_tpu")
 
 
 class TokenStatistics(NamedTuple):
@@ -83,8 +87,7 @@ def token_log_probs(
 
 def _prepare(x_td, w_dv, labels_t, weights_t, z_loss, softcap, implementation, chunk):
     """Checked and completed arguments: (options, layout, labels, weights)."""
-    if implementation not in ("auto", "xla", "reference"):
-        raise Unsupported(f"cross_entropy: {implementation!r} is not built yet; use 'xla' or 'reference'")
+    choose("cross_entropy", implementation, BACKENDS, named_only=NAMED_ONLY)
     d, _ = w_dv.shape
     if x_td.shape[-1] != d:
         raise ValueError(f"cross_entropy: x has width {x_td.shape[-1]}, w_dv {w_dv.shape} takes {d}")

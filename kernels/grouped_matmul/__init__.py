@@ -7,10 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from maxstack.kernels import Unsupported
+from maxstack.kernels.dispatch import choose
 from maxstack.kernels.grouped_matmul import reference, xla
 from maxstack.kernels.sharded import explicit_mesh
 
 Implementation = Literal["auto", "xla", "reference", "mosaic_gpu", "mosaic_tpu"]
+_NOT_BUILT = "it is not built yet; 'xla' serves the call"
+BACKENDS = {"xla": None, "reference": None, "mosaic_gpu": _NOT_BUILT, "mosaic_tpu": _NOT_BUILT}
+NAMED_ONLY = ("reference", "mosaic_gpu", "mosaic_tpu")
 
 
 def grouped_matmul(
@@ -34,14 +38,9 @@ def grouped_matmul(
     Works on local arrays: on a mesh with explicit axes call it inside `jax.shard_map`. Raises ValueError for shapes
     that disagree, TypeError for dtypes, Unsupported for arrays on such a mesh and for backends that are not there.
     """
-    if implementation in ("mosaic_gpu", "mosaic_tpu"):
-        raise Unsupported(f"grouped_matmul: {implementation!r} is not built yet; use 'xla' (or 'auto')")
-    if implementation not in ("auto", "xla", "reference"):
-        raise ValueError(
-            f"grouped_matmul: unknown implementation {implementation!r}; known: auto, xla, reference"
-        )
+    taken = choose("grouped_matmul", implementation, BACKENDS, named_only=NAMED_ONLY)
     _check(x_td, w_edf, group_sizes_e)
-    run = reference.grouped_matmul if implementation == "reference" else xla.grouped_matmul
+    run = reference.grouped_matmul if taken == "reference" else xla.grouped_matmul
     return run(x_td, w_edf, group_sizes_e)
 
 
