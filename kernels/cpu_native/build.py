@@ -22,7 +22,10 @@ SWITCH = "MAXSTACK_NATIVE"
 """Environment variable: 0 does without."""
 COMPILERS = ("c++", "g++", "clang++")
 # -ffast-math, but with infinities, which stand for hidden keys.
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-ffast-math", "-fno-finite-math-only")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-ffast-math", "-fno-finite-math-only")
+# Linked apart: with -ffast-math, GCC before 13 links what makes the process that loads the library round denormal
+# numbers to 0 in all that it does, numpy included.
+LINK = ("-shared",)
 NAMES = ("rows_product", "cached_attention", "int8_product", "int4_product")
 PREFIX = "maxstack_"
 SECONDS = 120.0
@@ -60,7 +63,7 @@ def compiled(compiler: str) -> Path:
     """The library, from the user's cache folder or compiled into it. Raises OSError, SubprocessError."""
     flags = (*FLAGS, f"-I{jax.ffi.include_dir()}")
     text = "".join((FOLDER / name).read_text() for name in (*HEADERS, *SOURCES))
-    told = f"{compiler} {' '.join(flags)} {jax.__version__} {processor()} {text}"
+    told = f"{compiler} {' '.join((*flags, *LINK))} {jax.__version__} {processor()} {text}"
     cache = user_cache() / "maxstack" / "native"
     library = cache / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
     if library.exists():
@@ -68,12 +71,16 @@ def compiled(compiler: str) -> Path:
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         fresh = Path(folder) / library.name
-        subprocess.run(
-            [compiler, *flags, *(str(FOLDER / name) for name in SOURCES), "-o", str(fresh)], check=True,
-            capture_output=True, text=True, timeout=SECONDS,
-        )  # fmt: skip
+        objects = [str(Path(folder) / f"{name}.o") for name in SOURCES]
+        for name, made in zip(SOURCES, objects, strict=True):
+            _run([compiler, *flags, "-c", str(FOLDER / name), "-o", made])
+        _run([compiler, *LINK, *objects, "-o", str(fresh)])
         fresh.replace(library)  # another process may do the same: the last one wins
     return library
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
 
 
 def user_cache() -> Path:

@@ -202,7 +202,9 @@ def test_experts_give_the_same_losses_and_balance_on_a_mesh(sparse):
         assert np.abs(bias).max() > 0
 
 
-@pytest.mark.parametrize("name", ["muon", "adafactor", "lion", "sgd"])
+@pytest.mark.parametrize(
+    "name", ["muon", "adafactor", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lion", "sgd"))]
+)
 def test_every_optimizer_steps_on_a_mesh_as_on_one_device(name):
     optim = OptimConfig(name=name, peak_lr=1e-3, ema_decay=0.9)
     one = trained(DENSE, MeshConfig(), 1, optim=optim)

@@ -24,7 +24,9 @@ def scaled_by_length(config: TransformerConfig) -> bool:
     return any(rope.scaling in BY_LENGTH for rope, _ in tables)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_cached_decode_gives_the_reference_s_logits(name):
     family, config, tensors = opened(name)
     model = filled(family, dataclasses.replace(config, dtype="float32"), tensors)

@@ -1,5 +1,8 @@
 """The optional C++ against the plain forms."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,3 +57,12 @@ def test_it_can_be_switched_off(monkeypatch):
 def test_without_a_compiler_the_reason_is_told(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert "no C++ compiler" in str(cpu_native.build.problem.__wrapped__())
+
+
+def test_loading_the_library_leaves_small_numbers_to_others():
+    """With its flags, some compilers link what makes the whole process round denormal numbers to 0."""
+    script = (
+        "import numpy as np; from maxstack.kernels import cpu_native; assert cpu_native.available();"
+        "assert np.float32(1e-38) * np.float32(0.1) != 0"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
