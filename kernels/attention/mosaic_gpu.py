@@ -41,16 +41,10 @@ twice, 5 products for 4.
 `delta` is Σ dO·O less the cotangent of lse. A sink is a first logit without a value.
 """
 
-from functools import partial
-from typing import Any
-
-import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
 
 from maxstack.kernels import dispatch
-from maxstack.kernels.attention.layout import Layout
+from maxstack.kernels.attention.derivative import differentiable
 from maxstack.kernels.attention.masks import Coordinates, Options
 from maxstack.kernels.attention.mosaic_gpu_dkv import keys_gradients
 from maxstack.kernels.attention.mosaic_gpu_dq import queries_gradient
@@ -62,7 +56,7 @@ HEAD_SIZES = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 the queries' gradient of packed rows spills a few (`benchmarks/kernel_registers.py`)."""
 
 
-def declined(q_btnh, k_bskh, v_bskw, options: Options, *_) -> str | None:
+def declined(q_btnh, k_bskh, v_bskw, options: Options, at: Coordinates, config: object) -> str | None:
     """Why this backend cannot serve a call, from shapes, types and chip; None where it can."""
     if (reason := dispatch.only_on("gpu")) is not None:
         return reason
@@ -76,6 +70,8 @@ def declined(q_btnh, k_bskh, v_bskw, options: Options, *_) -> str | None:
         return f"head size {sizes[0]}/{sizes[1]} is not one of {known}; pad to the next one, or XLA serves it"
     if q_btnh.shape[1] < ROWS:
         return f"{q_btnh.shape[1]} queries: a tile is {ROWS} rows, which would be mostly empty; XLA serves it"
+    if config is not None and not isinstance(config, Blocks):
+        return f"it takes mosaic_gpu_tile.Blocks, and config is {type(config).__name__}"
     if options.scale <= 0:
         return (
             f"scale {options.scale}: the largest logit is found before it is scaled, so it must be positive"
@@ -83,80 +79,23 @@ def declined(q_btnh, k_bskh, v_bskw, options: Options, *_) -> str | None:
     return None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def attention(
-    options: Options,
-    blocks: Any,
-    layout: Layout | None,
-    q_btnh: Float[Array, "b t n h"],
-    k_bskh: Float[Array, "b s k h"],
-    v_bskw: Float[Array, "b s k w"],
-    sinks_n: Float[Array, "n"] | None,
-    at: Coordinates,
-) -> tuple[Float[Array, "b t n w"], Float[Array, "b t n"]]:
-    """Output in the dtype of the queries, log-sum-exp of the logits (sink included) in float32.
-
-    `blocks` that are not this backend's stand for its own for these head sizes. Call it where `declined` is None.
-    """
-    run = partial(_forward, options, _blocks(blocks, options, q_btnh, v_bskw))
-    if layout is not None:
-        arrays = (layout.heads, layout.heads, layout.heads, _sinks(layout, sinks_n), layout.coordinates(at))
-        run = layout.run(run, arrays, (layout.heads, layout.lse))
-    return run(q_btnh, k_bskh, v_bskw, sinks_n, at)
-
-
-def _attention_fwd(options, blocks, layout, q_btnh, k_bskh, v_bskw, sinks_n, at):
-    out, lse = attention(options, blocks, layout, q_btnh, k_bskh, v_bskw, sinks_n, at)
-    # The names let a rematerialisation policy keep these two, so that a backward pass runs no forward again.
-    out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
-    return (out, lse), (q_btnh, k_bskh, v_bskw, sinks_n, at, out, lse)
-
-
-def _attention_bwd(options, blocks, layout, kept, cotangents):
-    q_btnh, _, v_bskw, sinks_n, at = kept[:5]
-    run = partial(_backward, options, _blocks(blocks, options, q_btnh, v_bskw), layout)
-    if layout is not None:
-        heads, lse, sinks = layout.heads, layout.lse, _sinks(layout, sinks_n)
-        arrays = (heads, heads, heads, sinks, layout.coordinates(at), heads, lse, heads, lse)
-        run = layout.run(run, arrays, (heads, heads, heads, sinks))
-    return (*run(*kept, *cotangents), None)
-
-
-attention.defvjp(_attention_fwd, _attention_bwd)
-
-
-def _blocks(blocks, options, q_btnh, v_bskw) -> Blocks:
-    if isinstance(blocks, Blocks):
-        return blocks
-    return Blocks.of(q_btnh.shape[-1], v_bskw.shape[-1], options.softcap)
-
-
-def _sinks(layout, sinks_n):
-    return None if sinks_n is None else layout.sinks
-
-
-# What follows sees local arrays only.
-
-
 def _forward(options, blocks, q_btnh, k_bskh, v_bskw, sinks_n, at):
+    blocks = blocks or Blocks.of(q_btnh.shape[-1], v_bskw.shape[-1], options.softcap)
     out, lse_bnt = forward(options, blocks, q_btnh, k_bskh, v_bskw, sinks_n, at)
     return out, jnp.swapaxes(lse_bnt[:, :, : q_btnh.shape[1]], 1, 2)
 
 
-def _backward(options, blocks, layout, q_btnh, k_bskh, v_bskw, sinks_n, at, out, lse, dout, dlse):
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
-    dsinks = None
-    if sinks_n is not None:
-        dsinks = -jnp.sum(jnp.exp(sinks_n.astype(jnp.float32) - lse) * delta, axis=(0, 1))
-        if layout is not None and layout.batch:
-            dsinks = jax.lax.psum(dsinks, layout.batch)
-        dsinks = dsinks.astype(sinks_n.dtype)
+def _backward(options, blocks, q_btnh, k_bskh, v_bskw, at, lse, delta, dout):
+    blocks = blocks or Blocks.of(q_btnh.shape[-1], v_bskw.shape[-1], options.softcap)
     # The weights of a query that saw nothing, or is none: 2^(S - 1e30) = 0.
-    lse = _by_head(jnp.where(lse == -jnp.inf, -LOW, lse * LOG2E), -LOW)
+    lse = _by_head(jnp.where(lse == jnp.inf, -LOW, lse * LOG2E), -LOW)
     arrays = (q_btnh, k_bskh, v_bskw, dout.astype(q_btnh.dtype), lse, _by_head(delta, 0.0), at)
     dq = queries_gradient(options, blocks, *arrays)
     dk, dv = keys_gradients(options, blocks, *arrays)
-    return dq, dk, dv, dsinks
+    return dq, dk, dv
+
+
+attention = differentiable(_forward, _backward)
 
 
 def _by_head(x_btn, fill: float):

@@ -21,6 +21,7 @@ from tests.kernels.chips import HOPPER, needs_cuda_compiler
 CLOSE = 8e-3
 LSE_CLOSE = 1e-5
 """Of logits of size 1: products of bfloat16 summed in float32."""
+NOWHERE = Coordinates(None, None, None, None)
 
 
 def sees(t, s, segments, positions, causal, window):
@@ -205,6 +206,11 @@ def test_what_it_declines_and_why():
         return [jax.ShapeDtypeStruct((1, t, 2, size), dtype) for size in (h, h, w)]
 
     options = Options(causal=True, window=None, softcap=None, scale=0.125)
+
+    def reason(call, options=options, config=None):
+        q, k, v = call
+        return mosaic_gpu.declined(q, k, v, options, NOWHERE, config) or ""
+
     for chip, call, why in (
         (CPU, arrays(), "needs a GPU, and this is a cpu"),
         (Chip("gpu", "sm80"), arrays(), "sm80: wgmma and TMA need Hopper"),
@@ -214,12 +220,11 @@ def test_what_it_declines_and_why():
         (HOPPER, arrays(t=1), "1 queries: a tile is 64 rows"),
     ):
         with compiling_for(chip):
-            assert why in (mosaic_gpu.declined(*call, options) or "")
+            assert why in reason(call)
     with compiling_for(HOPPER):
-        assert mosaic_gpu.declined(*arrays(), options) is None
-        assert "must be positive" in (
-            mosaic_gpu.declined(*arrays(), dataclasses.replace(options, scale=-1.0)) or ""
-        )
+        assert reason(arrays()) == ""
+        assert "must be positive" in reason(arrays(), dataclasses.replace(options, scale=-1.0))
+        assert "config is str" in reason(arrays(), config="blocks of another")
 
 
 def check_compiled(shapes, masks):
