@@ -143,6 +143,7 @@ def test_packed_rows_window_cap_and_sinks_with_gradients():
     compare(1, 136, 136, 2, 1, 64, 64, packed=True, window=70, softcap=3.0, sunk=True, forward_key=64)
 
 
+@pytest.mark.slow
 def test_causal_without_ids_blocks_that_need_no_mask_and_split_sums():
     compare(1, 256, 256, 1, 1, 64, 64, forward_key=64, split_dkv=True)
 

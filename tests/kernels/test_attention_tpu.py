@@ -445,7 +445,7 @@ def kernels_in(program) -> int:
     [
         ("v5e", "1B", 2048, 2),
         pytest.param("v6e", "MLA", 2048, 2, marks=pytest.mark.slow),
-        ("v7x", "70B", 8192, 3),
+        pytest.param("v7x", "70B", 8192, 3, marks=pytest.mark.slow),
     ],
 )
 def test_forward_and_backward_compile(chip, model, t, kernels):

@@ -27,9 +27,9 @@ CASES = [
     *(("grouped", mesh) for mesh in MESHES),
     ("window", "data 2, fsdp 2, tensor 2"),
     ("latent", "data 2, fsdp 2, tensor 2"),
-    ("mixture", "fsdp 8"),
+    pytest.param("mixture", "fsdp 8", marks=pytest.mark.slow),
     ("mixture", "data 2, fsdp 2, tensor 2"),
-    ("clamped mixture", "fsdp 8"),
+    pytest.param("clamped mixture", "fsdp 8", marks=pytest.mark.slow),
     ("clamped mixture", "data 2, fsdp 2, tensor 2"),
 ]
 # Float32 sums over 128 tokens and up to 48 features, split up to 8 ways and so added in another order. The gradients

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import mmap
 import subprocess
 import sys
 import time
@@ -10,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from maxstack import telemetry
@@ -72,10 +72,12 @@ def test_utilisation_gives_a_published_figure():
 
 def test_host_memory_sees_an_allocation():
     before = host_memory()
-    held = np.ones(64 * 2**20, np.uint8)
-    after = host_memory()
+    # Pages of its own: an array could be given memory that the process has freed and still holds.
+    with mmap.mmap(-1, 64 * 2**20) as held:
+        held.write(b"1" * len(held))
+        after = host_memory()
     assert after.current_bytes - before.current_bytes > 60 * 2**20
-    assert after.peak_bytes >= after.current_bytes >= held.nbytes
+    assert after.peak_bytes >= after.current_bytes >= 64 * 2**20
 
 
 def test_device_memory_is_that_of_the_process_on_a_cpu():

@@ -97,7 +97,7 @@ def alone() -> tuple[list[float], list[float], states.TrainState]:
 CLOSE: dict[str, Any] = {"rtol": 5e-6}
 
 
-@pytest.mark.parametrize("micro", [2, 4, 8])
+@pytest.mark.parametrize("micro", [2, 8, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulation_equals_the_large_batch(alone, micro):
     found = trained(DENSE, MeshConfig(), 1, micro)
     np.testing.assert_allclose(found[0], alone[0], **CLOSE)
@@ -182,8 +182,9 @@ def test_padding_that_counts_would_be_found(monkeypatch):
 
 
 MESHES = [
-    MeshConfig(data=8, fsdp=1), MeshConfig(fsdp=8), MeshConfig(fsdp=8, zero=1), MeshConfig(fsdp=8, zero=2),
-    MeshConfig(data=2, fsdp=4, zero=0), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=4, tensor=2, zero=1),
+    MeshConfig(data=8, fsdp=1), MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=4, zero=0),
+    MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=4, tensor=2, zero=1),
+    *(pytest.param(MeshConfig(fsdp=8, zero=zero), marks=pytest.mark.slow) for zero in (1, 2)),
 ]  # fmt: skip
 
 

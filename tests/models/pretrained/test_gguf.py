@@ -59,11 +59,9 @@ REFUSED = {
 QUICK = {
     "llama-linear",
     "mixtral-plain",
-    "gemma3-plain",
     "phi3-long",
     "gpt2-inner",
     "glm4-plain",
-    "deepseek3-plain",
 }
 
 
