@@ -1,5 +1,6 @@
 """A command on a terminal of its own, as a person at a keyboard has it."""
 
+import codecs
 import os
 import pty
 import re
@@ -33,6 +34,8 @@ class Terminal:
         )  # fmt: skip
         os.close(theirs)
         self._terminal, self.raw = ours, ""
+        # A read may end within a character.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._read = 0
 
     def __enter__(self) -> Self:
@@ -97,5 +100,5 @@ class Terminal:
             found = os.read(self._terminal, 65536)
         except OSError:  # the other end was closed
             return False
-        self.raw += found.decode("utf-8", "replace")
+        self.raw += self._decoder.decode(found)
         return bool(found)
