@@ -14,14 +14,21 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from maxstack.kernels.cross_entropy.layout import Layout, Options
+from maxstack.kernels.dispatch import chip
 
-CHUNK_BYTES = 2**26
-"""Float32 logits of one chunk by default. Each chunk also reads and writes the whole float32 gradient of w once."""
+CHUNK_SHARE, LEAST_BYTES = 16, 2**26
+MOST_BYTES_ON_CPU, MOST_BYTES = 2**28, 2**30
+"""Float32 logits of one chunk by default: a sixteenth of all, between these bounds. Each chunk also reads w and reads
+and writes the whole float32 gradient of w once, hence the larger bound where products are fast against memory."""
+PIECE_COLUMNS = 4096
+"""Of the gradient of w on a CPU, added at a time."""
 
 
 def chunk_of(tokens: int, vocabulary: int, options: Options) -> int:
-    """Tokens a chunk: as asked for, else as many as CHUNK_BYTES holds; then evened out over the chunks."""
-    most = options.chunk or max(CHUNK_BYTES // (4 * vocabulary), 1)
+    """Tokens a chunk: as asked for, else as many as the bytes above hold; then evened out over the chunks."""
+    bound = MOST_BYTES_ON_CPU if chip().platform == "cpu" else MOST_BYTES
+    share = min(max(4 * tokens * vocabulary // CHUNK_SHARE, LEAST_BYTES), bound)
+    most = options.chunk or max(share // (4 * vocabulary), 1)
     return -(-tokens // -(-tokens // most))
 
 
@@ -266,8 +273,30 @@ def _product_rule(options, layout, dw, x_cd, x_dc, w_dv, logits_cv, labels_c, ls
         "cv,dv->cd", dlogits_cv, w_dv, preferred_element_type=wide if partial_dx else x_cd.dtype
     )
     if dw is not None:
-        dw = dw + jnp.einsum("dc,cv->dv", x_dc, dlogits_cv, preferred_element_type=wide)
+        dw = _plus_product(dw, x_dc, dlogits_cv)
     return dw, dx_cd
+
+
+def _plus_product(sum_dv, x_dc, y_cv):
+    """sum + x·y. On a CPU by ranges of columns: XLA makes the whole product there first, as large as the sum."""
+
+    def plus(sum_dv, y_cv):
+        return sum_dv + jnp.einsum("dc,cv->dv", x_dc, y_cv, preferred_element_type=sum_dv.dtype)
+
+    columns = y_cv.shape[1]
+    pieces = columns // PIECE_COLUMNS
+    if chip().platform != "cpu" or pieces < 2:
+        return plus(sum_dv, y_cv)
+
+    def turn(i, sum_dv):
+        at = i * PIECE_COLUMNS
+        old, y = (jax.lax.dynamic_slice_in_dim(a, at, PIECE_COLUMNS, axis=1) for a in (sum_dv, y_cv))
+        return jax.lax.dynamic_update_slice_in_dim(sum_dv, plus(old, y), at, axis=1)
+
+    sum_dv = jax.lax.fori_loop(0, pieces, turn, sum_dv)
+    if (at := pieces * PIECE_COLUMNS) < columns:
+        sum_dv = sum_dv.at[:, at:].set(plus(sum_dv[:, at:], y_cv[:, at:]))
+    return sum_dv
 
 
 def _gathered(layout: Layout | None, w_dv):

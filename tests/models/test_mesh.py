@@ -24,7 +24,11 @@ MESHES = {
     "data 4, fsdp 2, zero 1": MeshConfig(data=4, fsdp=2, zero=1),
 }
 CASES = [
-    *(("grouped", mesh) for mesh in MESHES),
+    *(("grouped", mesh) for mesh in ("fsdp 8", "fsdp 4, tensor 2", "data 4, fsdp 2, zero 1")),
+    *(
+        pytest.param("grouped", mesh, marks=pytest.mark.slow)
+        for mesh in ("data 8", "data 2, fsdp 2, tensor 2")
+    ),
     ("window", "data 2, fsdp 2, tensor 2"),
     ("latent", "data 2, fsdp 2, tensor 2"),
     pytest.param("mixture", "fsdp 8", marks=pytest.mark.slow),

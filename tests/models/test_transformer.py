@@ -173,11 +173,14 @@ def loss_of(ids: jax.Array) -> Callable[[Transformer], jax.Array]:
 POLICIES = ("none", "dots", "attention", "full")
 
 
-def test_remat_policies_give_the_same_gradients():
-    model, loss = build(JOINED), loss_of(tokens(2, 12))
+@pytest.mark.parametrize(
+    "config", [CONFIGS["grouped"], pytest.param(JOINED, marks=pytest.mark.slow)], ids=["grouped", "joined"]
+)
+def test_remat_policies_give_the_same_gradients(config):
+    model, loss = build(config), loss_of(tokens(2, 12))
     grads = {}
     for remat in POLICIES:
-        same = tree.replace(model, {"config": dataclasses.replace(JOINED, remat=remat)})
+        same = tree.replace(model, {"config": dataclasses.replace(config, remat=remat)})
         grads[remat] = tree.leaves(jax.jit(jax.grad(loss), compiler_options=QUICK)(same))
     for remat in POLICIES[1:]:
         for leaf, wanted in grads["none"].items():

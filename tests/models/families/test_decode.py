@@ -17,6 +17,12 @@ with all that follow here, than that of those that scale by length."""
 CHUNKS = (1, 1)
 BY_LENGTH = ("dynamic", "longrope")
 """Scalings of which the goldens, made from longer rows, say something else."""
+# What differs while decoding: latents, sinks, windows, mixtures, learnt positions, scaling by length.
+QUICKLY = [
+    name for name in FIRST
+    if name.partition("-")[0] in
+    ("deepseek3", "gemma2", "gemma3", "gpt2", "gptoss", "internlm", "llama", "mixtral", "phi3", "qwen2moe")
+]  # fmt: skip
 
 
 def scaled_by_length(config: TransformerConfig) -> bool:
@@ -25,7 +31,7 @@ def scaled_by_length(config: TransformerConfig) -> bool:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+    "name", [name if name in QUICKLY else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )
 def test_cached_decode_gives_the_reference_s_logits(name):
     family, config, tensors = opened(name)
