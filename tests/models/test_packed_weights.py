@@ -203,7 +203,7 @@ def test_runs_of_outputs_are_those_of_the_whole(monkeypatch):
 
 
 WIDE = presets.llama(
-    vocab_size=64, width=256, depth=2, heads=4, kv_heads=2, feed_forward=512, dtype="float32"
+    vocab_size=64, width=256, depth=2, heads=8, kv_heads=4, feed_forward=512, dtype="float32"
 )
 
 
