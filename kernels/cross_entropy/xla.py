@@ -13,16 +13,33 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
+from maxstack.kernels import tiles
 from maxstack.kernels.cross_entropy.layout import Layout, Options
 
 CHUNK_BYTES = 2**26
 """Float32 logits of one chunk by default. Each chunk also reads and writes the whole float32 gradient of w once."""
 
 
-def chunk_of(tokens: int, vocabulary: int, options: Options) -> int:
-    """Tokens a chunk: as asked for, else as many as CHUNK_BYTES holds; then evened out over the chunks."""
-    most = options.chunk or max(CHUNK_BYTES // (4 * vocabulary), 1)
+def chunk_of(tokens: int, w_dv: Array, options: Options) -> int:
+    """Tokens a chunk: as asked for, else what the tables have or as many as CHUNK_BYTES holds; then evened out over
+    the chunks."""
+    most = options.chunk or _usual_chunk(tokens, w_dv)
     return -(-tokens // -(-tokens // most))
+
+
+def _usual_chunk(tokens: int, w_dv: Array) -> int:
+    d, vocabulary = w_dv.shape
+    usual = max(CHUNK_BYTES // (4 * vocabulary), 1)
+    shape = {"t": tiles.about(tokens), "d": tiles.about(d), "v": tiles.about(vocabulary)}
+    axes = {"chunk": tuple(max(usual * part // 4, 1) for part in (1, 2, 4, 8, 16))}
+
+    def fault(sizes: tiles.Sizes) -> str | None:
+        bytes_ = 4 * sizes["chunk"] * vocabulary
+        most = f"logits of {sizes['chunk']} tokens take {bytes_} bytes, more than 4 times the usual {CHUNK_BYTES}"
+        return most if bytes_ > 4 * max(CHUNK_BYTES, 4 * vocabulary) else None
+
+    rule = {"chunk": usual}
+    return tiles.chosen("cross_entropy.xla", w_dv.dtype, shape, rule, axes=axes, fault=fault)["chunk"]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -159,7 +176,7 @@ def _over_chunks(options, layout, body, carry, x_td, w_dv, *per_token, weights_t
     """
     lead, d = x_td.shape[:-1], x_td.shape[-1]
     tokens = per_token[0].size
-    chunk = chunk_of(tokens, w_dv.shape[1], options)
+    chunk = chunk_of(tokens, w_dv, options)
     chunks = -(-tokens // chunk)
     pad = chunks * chunk - tokens
     source = place = weighed = None
