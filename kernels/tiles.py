@@ -118,7 +118,7 @@ def _line(request: Request, *, user: bool) -> Sizes:
         for key in request.lines():
             if key not in table:
                 continue
-            sizes = table[key].get("sizes") if isinstance(table[key], dict) else None
+            sizes: Any = table[key].get("sizes") if isinstance(table[key], dict) else None
             if (reason := request.refused(sizes)) is None:
                 return sizes
             _tell(f"{source}: the line {key!r} is left alone: {reason}")

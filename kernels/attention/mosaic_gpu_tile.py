@@ -69,7 +69,9 @@ def blocks_for(which: str, q_btnh: jax.Array, v_bskw: jax.Array, softcap: float 
     shape = {"t": tiles.about(t), "s": tiles.about(s), "h": h, "w": w, "cap": int(softcap is not None)}
     blocks, axes = Blocks.of(h, w, softcap), AXES[which]
     rule = {name: getattr(blocks, name) for name in axes}
-    found = tiles.chosen(f"attention.mosaic_gpu.{which}", q_btnh.dtype, shape, rule, axes=axes, fault=_fault)
+    found: dict[str, Any] = tiles.chosen(
+        f"attention.mosaic_gpu.{which}", q_btnh.dtype, shape, rule, axes=axes, fault=_fault
+    )
     return replace(blocks, **found)
 
 
