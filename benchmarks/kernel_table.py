@@ -18,7 +18,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from kernel_programs import MODELS, TABLES, Row, attention_work, measured  # beside this file
+from kernel_programs import (  # beside this file
+    MODELS,
+    TABLES,
+    Row,
+    attention_work,
+    measured,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "kernels.md"
