@@ -35,6 +35,7 @@ TPU_KERNELS = {
 }
 """What the table calls them; in a program is either `attention_backward` or the two below it."""
 MASKS: dict[str, dict[str, Any]] = {
+    "none": {"causal": False},
     "causal": {},
     "packed": {"packed": True},
     "packed, soft cap, sinks": {"packed": True, "softcap": 30.0, "sunk": True},
@@ -60,9 +61,9 @@ def product(**values: Any) -> list[Row]:
     return [dict(zip(values, map(str, each), strict=True)) for each in itertools.product(*values.values())]
 
 
-def on_chip_memory(text: str, kernel: str) -> int:
+def on_chip_memory(program: Any, kernel: str) -> int:
     """Bytes of VMEM that a Mosaic TPU kernel of a compiled program takes; 0 if it is not in there."""
-    for line in text.splitlines():
+    for line in program.as_text().splitlines():
         if re.search(rf"[/(]{kernel}\)*/pallas_call", line) and "tpu_custom_call" in line:
             found = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1"[^}]*"size":"(\d+)"', line)
             if found:
@@ -83,6 +84,7 @@ def costs(program: Any, flops: float, moved: float) -> Row:
     row |= {
         "of them needed": f"{flops / max(cost['flops'], 1):.0%} / {moved / max(cost['bytes accessed'], 1):.0%}"
     }
+    row |= {"compiler's µs": f"{cost['optimal_seconds'] * 1e6:,.0f}"}
     return row | {"program KB": f"{memory.generated_code_size_in_bytes / 1e3:.0f}"}
 
 
@@ -105,7 +107,8 @@ def attention_of(
         def run(q, keys, v):
             segments = ids if kind.get("packed") else None
             sunk = sinks if kind.get("sunk") else None
-            return attention(q, keys, v, segment_ids=segments, sinks=sunk, softcap=kind.get("softcap"))
+            options = {"causal": kind.get("causal", True), "softcap": kind.get("softcap")}
+            return attention(q, keys, v, segment_ids=segments, sinks=sunk, **options)
 
         out, pull = jax.vjp(run, q, keys, v)
         return out, pull(out_gradient)
@@ -132,9 +135,8 @@ def tpu_attention(key: Row) -> list[Row]:
     model, length = key["model"], int(key["tokens"])
     function, arguments = attention_of(model, length)
     program = compiled_for(key["chip"], function, *arguments)
-    text = program.as_text()
     forward, forward_bytes, backward, backward_bytes = attention_work(model, length)
-    vmem = {f"VMEM MiB, {short}": mib(on_chip_memory(text, name)) for name, short in TPU_KERNELS.items()}
+    vmem = {f"VMEM MiB, {short}": mib(on_chip_memory(program, name)) for name, short in TPU_KERNELS.items()}
     return [key | vmem | costs(program, forward + backward, forward_bytes + backward_bytes)]
 
 
@@ -180,7 +182,7 @@ def tpu_paged(key: Row) -> list[Row]:
     of = paged_of(Chip("tpu", key["chip"]), key["model"], key["pages"], int(key["queries"]))
     function, arguments, flops, moved = of
     program = compiled_for(key["chip"], function, *arguments)
-    vmem = {"VMEM MiB": mib(on_chip_memory(program.as_text(), "paged_attention"))}
+    vmem = {"VMEM MiB": mib(on_chip_memory(program, "paged_attention"))}
     return [key | vmem | costs(program, flops, moved)]
 
 
@@ -224,7 +226,7 @@ def tpu_quantized(key: Row) -> list[Row]:
 
     function, arguments, flops, moved = quantized_of(key["weights"], int(key["tokens"]), key["model"])
     program = compiled_for(key["chip"], function, *arguments)
-    vmem = {"VMEM MiB": mib(on_chip_memory(program.as_text(), "quantized_matmul"))}
+    vmem = {"VMEM MiB": mib(on_chip_memory(program, "quantized_matmul"))}
     return [key | vmem | costs(program, flops, moved)]
 
 

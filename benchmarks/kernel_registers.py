@@ -69,23 +69,38 @@ def said() -> Iterator[list[str]]:
             words.append(file.read().decode(errors="replace"))
 
 
-EXP = ("ex2", "lg2", "rsqrt", "rcp", "tanh", "sqrt")
-FLOAT = ("fma.rn", "add.f32", "sub.f32", "mul.f32", "add.rn", "mul.rn", "sub.rn", "neg.f32")
-OTHER = ("max.f32", "min.f32", "setp", "selp", "cvt")
+UNITS = {
+    "exp": ("ex2", "lg2", "rsqrt", "rcp", "tanh", "sqrt"),
+    "float": ("fma", "add.f32", "add.rn", "sub.f32", "sub.rn", "mul.f32", "mul.rn", "neg.f32", "sub.bf16x2"),
+    "other": (
+        "max",
+        "min",
+        "setp",
+        "selp",
+        "cvt",
+        "and.b32",
+        "or.b32",
+        "xor.b32",
+        "shl.b32",
+        "shr",
+        "prmt",
+        "add.s32",
+    ),
+}
+"""How instructions begin that take a unit's time; what only moves numbers is left to ptxas, which drops most of it."""
 
 
 def instructions(words: str, kernel: str) -> dict[str, int]:
     """Of a kernel's PTX: floating-point operations of one warpgroup's `wgmma`, and instructions of a thread by unit."""
-    _, _, ptx = words.partition(f".entry {kernel}_mosaic_gpu_kernel")
-    ptx = ptx.partition(".entry ")[0]
-    found = {"wgmma flops": 0, "exp": 0, "float": 0, "other": 0}
-    for name in re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.:]*)", ptx, re.MULTILINE):
-        if shape := re.match(r"wgmma\.mma_async\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", name):
-            m, n, k = map(int, shape.groups())
-            found["wgmma flops"] += 2 * m * n * k
-        for unit, starts in (("exp", EXP), ("float", FLOAT), ("other", OTHER)):
-            found[unit] += name.startswith(starts)
-    return found
+    ptx = (
+        words.partition(f".entry {kernel}_mosaic_gpu_kernel")[2]
+        .partition("ptxas info")[0]
+        .partition(".entry ")[0]
+    )
+    shapes = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", ptx)
+    found = {"wgmma flops": sum(2 * int(m) * int(n) * int(k) for m, n, k in shapes)}
+    names = re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.:]*)", ptx, re.MULTILINE)
+    return found | {unit: sum(name.startswith(starts) for name in names) for unit, starts in UNITS.items()}
 
 
 def shared_bytes(jaxpr: Any) -> dict[str, int]:

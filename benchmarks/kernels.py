@@ -103,7 +103,7 @@ def turn(make: Callable[[], Callable], seconds: float, results: list | None = No
     from maxstack.kernels import Unsupported
 
     call = make()
-    if results == []:
+    if results is not None and not results:
         results.append(jax.block_until_ready(call()))
     elif results is not None and (difference := apart(call(), results[0])) is not None:
         raise Unsupported(f"other results than ours: {difference}")
@@ -207,7 +207,7 @@ def jax_splash(q: Any, k: Any, v: Any) -> Any:
     kernel = splash_attention_kernel.make_splash_mqa_single_device(mask)
     q = jnp.moveaxis(q.reshape(1, length, -1, group, q.shape[-1]), 1, 3) * q.shape[-1] ** -0.5
     k, v = (jnp.moveaxis(x, 1, 2) for x in (k, v))
-    out = jax.vmap(jax.vmap(kernel))(q, k, v)
+    out: Any = jax.vmap(jax.vmap(kernel))(q, k, v)
     return jnp.moveaxis(out, 3, 1).reshape(1, length, -1, out.shape[-1])
 
 
@@ -339,8 +339,8 @@ def told(row: Row, found: dict[str, Any], memory: float, products: float, chip: 
     }  # fmt: skip
     if "ours" not in medians:
         return plain | {"verdict": f"not measured: {found['declined']['ours']}"}
-    seconds = medians.pop("ours")
-    best = min(medians, key=lambda name: medians[name], default=None)
+    seconds = medians["ours"]
+    best = min(medians.keys() - {"ours"}, key=lambda name: medians[name], default=None)
     speed = medians[best] / seconds if best else None
     plain |= {
         "best_peer": best, "times_best_peer": speed, "of_bandwidth": row.bytes / seconds / memory,

@@ -96,10 +96,7 @@ def chosen(
     shape_class = " ".join(f"{letter}{size}" for letter, size in shape.items())
     request = Request(kernel, chip().name, name, shape_class, rule, axes, fault, rule)
     tried = _tried.get()
-    if tried is not None and request.key in tried:
-        sizes = rule | tried[request.key]
-    else:
-        sizes = rule | _line(request, user=tried is None)
+    sizes = rule | _line(request, user=tried is None) | (tried or {}).get(request.key, {})
     if (asked := _asked.get()) is not None:
         asked[request.key] = replace(request, current=sizes)
     return sizes

@@ -108,6 +108,7 @@ def _call(
     k, m, h = work.q_rkmh.shape[1:]
     cores = 2 if dispatch.chip().name in TWO_CORES and r % 2 == 0 else 1
     per_core = r // cores
+    page_bytes = sum(_bytes(pool) for pool in pools) // pools[0].shape[0]
     narrow = work.q_rkmh.dtype == jnp.bfloat16 and pools[0].dtype != jnp.float32
     dtype = jnp.bfloat16 if narrow else jnp.float32
     q_rkmh = (work.q_rkmh.astype(jnp.float32) * options.scale).astype(dtype)
@@ -142,6 +143,7 @@ def _call(
             ],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=_cost(work, page_bytes, table_bp, pools[0].shape[-1] * pools[0].shape[-2], value_size, options),
         interpret=interpret,
         name="paged_attention",
     )(
@@ -152,6 +154,18 @@ def _call(
 
 def _bytes(pool) -> int:
     return pool.size * (4 if pool.dtype == jnp.int4 else 8 * pool.dtype.itemsize) // 8
+
+
+def _cost(work: Pieces, page_bytes: int, table_bp, key_numbers: int, value_size: int, options: Options):
+    """For XLA's schedule: full sequences, since lengths are known at run time alone."""
+    r, k, m, h = work.q_rkmh.shape
+    pages = r * table_bp.shape[1] // options.splits
+    logits = pages * k * m * key_numbers // h
+    return pl.CostEstimate(
+        flops=2 * logits * (h + value_size),
+        transcendentals=logits,
+        bytes_accessed=pages * page_bytes + 4 * r * k * m * (h + value_size),
+    )
 
 
 def _ahead(work: Pieces, cores: int) -> Array:

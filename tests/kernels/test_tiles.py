@@ -200,7 +200,7 @@ def test_every_kernel_asks_and_takes_what_it_gets(kernel):
             return str(jax.make_jaxpr(lambda *each: function(*each))(*arguments)), requests
 
     default, requests = program({})
-    (request,) = (each for each in requests.values() if each.kernel == kernel)
+    request = next(each for each in requests.values() if each.kernel == kernel)
     assert request.axes.keys() <= request.rule.keys()
     assert request.refused(sizes) is None
     other, again = program({request.key: sizes})
@@ -215,12 +215,11 @@ def test_every_kernel_asks_and_takes_what_it_gets(kernel):
 def test_the_packages_table_is_of_kernels_that_take_it():
     """Each line is asked for by some call above, and its kernel refuses none of it."""
     lines, used = tiles.read(tiles.PACKAGE), set()
-    for make, chip, _ in CALLS.values():
+    chips = {key.split()[1] for key in lines}
+    for make in {call[0] for name, call in CALLS.items() if any(key.startswith(name) for key in lines)}:
         function, arguments = make()
-        for name in ("cpu", "sm90", "v5e", "v5p", "v6e", "v7x"):
-            target = Chip("cpu" if name == "cpu" else "gpu" if name == "sm90" else "tpu", name)
-            if (chip or Chip("cpu", "cpu")).platform != target.platform:
-                continue
+        for name in chips:
+            target = Chip("cpu" if name == "cpu" else "gpu" if name.startswith("sm") else "tpu", name)
             with compiling_for(target), tiles.asked() as requests, tiles.trying({}):
                 jax.eval_shape(lambda *each, function=function: function(*each), *arguments)
             for request in requests.values():
