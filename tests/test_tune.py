@@ -43,7 +43,7 @@ def case(**options):
 
 
 def tune(**options) -> Found:
-    (found,) = tuned(case(**options), rounds=3, least_seconds=0.0, done={})
+    (found,) = tuned(case(**options), rounds=3, least_seconds=0.01, done={})
     return found
 
 
@@ -123,7 +123,7 @@ def test_the_verb_fills_the_users_table_which_kernels_then_take(user, monkeypatc
                 "--rounds",
                 "3",
                 "--seconds",
-                "0",
+                "0.01",
                 "--json",
                 str(user.with_name("all.json")),
             ]
