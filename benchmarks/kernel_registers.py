@@ -1,66 +1,17 @@
-"""Compile the GPU kernels for an H200 that is not there: registers, spilled bytes and shared memory of each.
-
-    python benchmarks/kernel_registers.py                     # a table
-    python benchmarks/kernel_registers.py --json rows.json
+"""Compile GPU kernels for an H200 that is not there: registers, spilled bytes, shared memory and instructions of each.
 
 `registers` are what `ptxas` gives each thread at launch; the warpgroups then move them between each other, as the
 docstring of each kernel says. A spilled register is what `ptxas` calls one: bytes it stores to and loads from memory.
+`kernel_table.py` writes the rows into docs/kernels.md.
 """
 
-import argparse
-import json
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parent.parent
-ATTENTION: dict[str, tuple[int, ...]] = {
-    "1B: 16/8 heads of 64": (1, 8192, 16, 8, 64, 64),
-    "8B: 32/8 heads of 128": (1, 8192, 32, 8, 128, 128),
-    "70B: 64/8 heads of 128": (1, 8192, 64, 8, 128, 128),
-    "96: 32/32 heads of 96": (1, 8192, 32, 32, 96, 96),
-    "MLA: 16/16 heads of 192/128": (1, 8192, 16, 16, 192, 128),
-    "256: 16/8 heads of 256": (1, 8192, 16, 8, 256, 256),
-}
-"""Training shapes: rows, positions, query heads, kv heads, head sizes of keys and values."""
-MASKS: dict[str, dict[str, Any]] = {
-    "causal": {},
-    "packed": {"packed": True},
-    "packed, soft cap, sinks": {"packed": True, "softcap": 30.0, "sunk": True},
-}
-
-
-def attention_rows(shapes: dict[str, tuple[int, ...]], masks: dict[str, dict[str, Any]]) -> Iterator[dict]:
-    """A row for each kernel of forward and backward, each shape and each kind of mask."""
-    import jax
-    import jax.numpy as jnp
-
-    from maxstack.kernels.attention import mosaic_gpu
-    from maxstack.kernels.attention.masks import Coordinates, Options
-
-    for shape, (b, t, n, k, h, w) in shapes.items():
-        for mask, kind in masks.items():
-            packed, sunk = kind.get("packed", False), kind.get("sunk", False)
-            options = Options(causal=True, window=None, softcap=kind.get("softcap"), scale=h**-0.5)
-
-            def gradients(q, keys, v, sinks, ids, options=options, packed=packed, sunk=sunk):
-                def run(q, keys, v):
-                    at = Coordinates(ids, ids, None, None) if packed else Coordinates(None, None, None, None)
-                    return mosaic_gpu.attention(options, None, None, q, keys, v, sinks if sunk else None, at)
-
-                outputs, pull = jax.vjp(run, q, keys, v)
-                return outputs, pull(outputs)
-
-            arrays = [(b, t, n, h), (b, t, k, h), (b, t, k, w)]
-            arguments = [jax.ShapeDtypeStruct(a, jnp.bfloat16) for a in arrays]
-            arguments += [jax.ShapeDtypeStruct((n,), jnp.float32), jax.ShapeDtypeStruct((b, t), jnp.int32)]
-            for resources in kernel_resources(gradients, *arguments):
-                yield {"shape": shape, "mask": mask, **resources}
 
 
 def kernel_resources(function: Any, *arguments: Any) -> list[dict[str, Any]]:
@@ -88,6 +39,7 @@ def kernel_resources(function: Any, *arguments: Any) -> list[dict[str, Any]]:
             "spilled": int(stores) + int(loads),
             "shared": shared[name],
             "serialized": serialized,
+            "instructions": instructions(words[0], name),
         }
         for name, stores, loads, registers in found
     ]
@@ -96,7 +48,7 @@ def kernel_resources(function: Any, *arguments: Any) -> list[dict[str, Any]]:
 @contextmanager
 def said() -> Iterator[list[str]]:
     """The words that the compiler, which knows nothing of `sys.stdout`, writes meanwhile: one string, at the end."""
-    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
     words: list[str] = []
     sys.stdout.flush()
     sys.stderr.flush()
@@ -115,6 +67,40 @@ def said() -> Iterator[list[str]]:
             os.close(before[1])
             file.seek(0)
             words.append(file.read().decode(errors="replace"))
+
+
+UNITS = {
+    "exp": ("ex2", "lg2", "rsqrt", "rcp", "tanh", "sqrt"),
+    "float": ("fma", "add.f32", "add.rn", "sub.f32", "sub.rn", "mul.f32", "mul.rn", "neg.f32", "sub.bf16x2"),
+    "other": (
+        "max",
+        "min",
+        "setp",
+        "selp",
+        "cvt",
+        "and.b32",
+        "or.b32",
+        "xor.b32",
+        "shl.b32",
+        "shr",
+        "prmt",
+        "add.s32",
+    ),
+}
+"""How instructions begin that take a unit's time; what only moves numbers is left to ptxas, which drops most of it."""
+
+
+def instructions(words: str, kernel: str) -> dict[str, int]:
+    """Of a kernel's PTX: floating-point operations of one warpgroup's `wgmma`, and instructions of a thread by unit."""
+    ptx = (
+        words.partition(f".entry {kernel}_mosaic_gpu_kernel")[2]
+        .partition("ptxas info")[0]
+        .partition(".entry ")[0]
+    )
+    shapes = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", ptx)
+    found = {"wgmma flops": sum(2 * int(m) * int(n) * int(k) for m, n, k in shapes)}
+    names = re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.:]*)", ptx, re.MULTILINE)
+    return found | {unit: sum(name.startswith(starts) for name in names) for unit, starts in UNITS.items()}
 
 
 def shared_bytes(jaxpr: Any) -> dict[str, int]:
@@ -140,36 +126,10 @@ def scratch_bytes(jaxpr: Any) -> int:
         if equation.primitive.name == "run_scoped":
             for place in equation.params["jaxpr"].invars:
                 if "smem" in str(place.aval.memory_space):
-                    total += place.aval.size * getattr(place.aval.dtype, "itemsize", 8)
+                    total += place.aval.size * bits(place.aval.dtype) // 8
     return total
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = [
-        "| kernel | shape | mask | registers | spilled bytes | shared KiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        kib = f"{row['shared'] / 1024:.0f}"
-        parts = (row["kernel"], row["shape"], row["mask"], row["registers"], row["spilled"], kib)
-        lines.append("| " + " | ".join(str(part) for part in parts) + " |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    arguments = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    sys.path.insert(0, str(ROOT))
-    rows = list(attention_rows(ATTENTION, MASKS))
-    print(table(rows))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def bits(dtype: Any) -> int:
+    """Of a number; two of 4 bits share a byte, and a barrier, which has no size, takes 64."""
+    return 4 if "int4" in str(dtype) else 8 * getattr(dtype, "itemsize", 8)

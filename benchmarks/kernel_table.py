@@ -1,96 +1,33 @@
-"""What the compilers of absent chips say of the kernels; writes the tables of docs/kernels.md.
+"""What the compilers of absent chips say of the kernels; writes the tables of docs/kernels.md, or compares with them.
 
-    python benchmarks/kernel_table.py                      # all tables
-    python benchmarks/kernel_table.py tpu-attention --chips v5e,v6e --lengths 2048 --check
+    python benchmarks/kernel_table.py                                        # all tables, for an hour
+    python benchmarks/kernel_table.py --jobs 2 --rows rows.jsonl             # takes up where it was cut off
+    python benchmarks/kernel_table.py tpu-attention --only chip=v5e,v6e tokens=2048 --check
 
-`--check` writes nothing, and fails where a kernel takes a tenth more on-chip memory than the table says.
-A table is a function that returns rows (dicts with the same keys); add yours to `TABLES`.
+`--check` writes nothing, and fails where a kernel takes more registers, spilled bytes, on-chip memory, temporaries,
+FLOPs or bytes than the page says. With `--only` without `--check` the other rows of a table stay as they are.
 """
 
 import argparse
+import json
 import os
-import re
+import subprocess
 import sys
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from kernel_programs import (  # beside this file
+    MODELS,
+    TABLES,
+    Row,
+    attention_work,
+    measured,
+)
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "kernels.md"
-Row = dict[str, Any]
-
-MODELS = {
-    "1B": (16, 8, 64, 64), "8B": (32, 8, 128, 128), "70B": (64, 8, 128, 128), "MLA": (16, 16, 192, 128),
-    "256": (16, 8, 256, 256),
-}  # fmt: skip
-"""Query heads, kv heads, head size of queries and keys, of values."""
-TPUS = ("v5e", "v5p", "v6e", "v7x")
-KERNELS = {
-    "attention_forward": "forward",
-    "attention_backward": "backward",
-    "attention_backward_keys": "dk and dv",
-    "attention_backward_queries": "dq",
-}
-"""What the table calls them; in a program is either `attention_backward` or the two below it."""
-
-
-def on_chip_memory(text: str, kernel: str) -> int:
-    """Bytes of VMEM that a Mosaic TPU kernel of a compiled program takes; 0 if it is not in there."""
-    for line in text.splitlines():
-        if re.search(rf"[/(]{kernel}\)*/pallas_call", line) and "tpu_custom_call" in line:
-            found = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1"[^}]*"size":"(\d+)"', line)
-            if found:
-                return int(found[1])
-    return 0
-
-
-def attention_program(chip: str, model: str, length: int, *, packed: bool, backward: bool) -> Any:
-    """One row of `length` tokens, bfloat16, causal, compiled for a TPU: forward, or forward and backward."""
-    import jax
-    import jax.numpy as jnp
-
-    from maxstack.kernels.attention import attention
-    from tests.kernels.chips import compiled_for, shapes
-
-    n, k, h, w = MODELS[model]
-
-    def forward(q, k, v, dout, *segments):
-        return attention(q, k, v, implementation="mosaic_tpu", segment_ids=segments[0] if packed else None)
-
-    def both(q, k, v, dout, *segments):
-        out, pull = jax.vjp(lambda *qkv: forward(*qkv, dout, *segments), q, k, v)
-        return out, pull(dout)
-
-    sizes = [((1, length, *last), jnp.bfloat16) for last in ((n, h), (k, h), (k, w), (n, w))]
-    ids = [((1, length), jnp.int32)] if packed else []
-    return compiled_for(chip, both if backward else forward, *shapes(*sizes, *ids))
-
-
-def tpu_attention(chips: list[str], lengths: list[int], models: list[str]) -> list[Row]:
-    """Attention on TPUs. Computed logits count whole blocks, also where a mask hides most of one."""
-    rows = []
-    for chip in chips:
-        for model in models:
-            for length in lengths:
-                program = attention_program(chip, model, length, packed=False, backward=True)
-                text, cost, memory = program.as_text(), program.cost_analysis(), program.memory_analysis()
-                n, _, h, w = MODELS[model]
-                needed = 2 * n * (length * (length + 1) / 2) * (4 * h + 3 * w)  # of seven products a logit
-                vmem = {short: on_chip_memory(text, name) / 2**20 for name, short in KERNELS.items()}
-                rows.append(
-                    {"chip": chip, "model": model, "tokens": length}
-                    | {f"VMEM MiB, {short}": f"{size:.1f}" if size else "-" for short, size in vmem.items()}
-                    | {
-                        "temporaries MB": f"{memory.temp_size_in_bytes / 1e6:.0f}",
-                        "GFLOP": f"{cost['flops'] / 1e9:.0f}",
-                        "of them visible": f"{needed / cost['flops']:.0%}",
-                        "MB moved": f"{cost['bytes accessed'] / 1e6:.0f}",
-                        "program KB": f"{memory.generated_code_size_in_bytes / 1e3:.0f}",
-                    }
-                )
-                print(rows[-1], flush=True)
-    return rows
-
 
 PEAKS = {
     "H200": (989.4, 4800), "v5e": (197, 819), "v5p": (459, 2765), "v6e": (918, 1640), "v7x": (2307, 7380),
@@ -107,16 +44,12 @@ def work() -> list[tuple[str, str, float, float]]:
     from maxstack.kernels.paged_attention import bytes_moved, init_cache
     from maxstack.kernels.quantized_matmul import quantize
 
-    n, k, h, w = MODELS["8B"]
+    n, k, h, _ = MODELS["8B"]
     found: list[tuple[str, str, float, float]] = []
     for t in (2048, 8192):
-        pairs, read = n * t * (t + 1) / 2, 2 * t * (n * h + k * h + k * w)
-        out = 2 * t * n * w
-        found.append(("attention, forward", f"8B, {t:,} tokens", 2 * pairs * (h + w), read + out))
-        # S again, dP, dV, dQ, dK; q, k, v, out and its gradient in, three gradients out.
-        found.append(
-            ("attention, backward", f"8B, {t:,} tokens", 2 * pairs * (3 * h + 2 * w), 2 * read + 2 * out)
-        )
+        forward, forward_bytes, backward, backward_bytes = attention_work("8B", t)
+        found.append(("attention, forward", f"8B, {t:,} tokens", forward, forward_bytes))
+        found.append(("attention, backward", f"8B, {t:,} tokens", backward, backward_bytes))
     sequences, length, page = 64, 8192, 128
     dtypes: tuple[Any, ...] = ("bfloat16", "int8", "int4")
     kinds: tuple[Any, ...] = ("int8", "int4-g128")
@@ -145,7 +78,7 @@ def work() -> list[tuple[str, str, float, float]]:
     return found
 
 
-def roofline(*_: Any) -> list[Row]:
+def roofline() -> list[Row]:
     """The least time that each kernel can take on a chip, and what bounds it: products (p) or memory (m)."""
     rows = []
     for kernel, shape, flops, moved in work():
@@ -162,16 +95,10 @@ def roofline(*_: Any) -> list[Row]:
     return rows
 
 
-TABLES: dict[str, Callable[[list[str], list[int], list[str]], list[Row]]] = {
-    "tpu-attention": tpu_attention,
-    "roofline": roofline,
-}
-
-
 def table(rows: list[Row]) -> str:
     """Rows as Markdown."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row.values()) + " |" for row in rows])
+    return "\n".join(lines + ["| " + " | ".join(row.values()) + " |" for row in rows])
 
 
 def put(name: str, text: str) -> None:
@@ -187,50 +114,149 @@ def put(name: str, text: str) -> None:
 def recorded(name: str) -> list[Row]:
     """Rows of a table on the page."""
     part = PAGE.read_text().partition(f"<!-- table {name} -->")[2].partition(f"<!-- end {name} -->")[0]
-    heads, _, *lines = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in part.strip().splitlines()
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line[:1] == "|"
     ]
-    return [dict(zip(heads, line, strict=True)) for line in lines]
+    return [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
 
 
 def grown(name: str, rows: list[Row], tolerance: float = 0.1) -> list[str]:
-    """What takes more on-chip memory than the page says."""
-    key = ("chip", "model", "tokens")
-    known = {tuple(str(row[part]) for part in key): row for row in recorded(name)}
-    pairs = ((row, known.get(tuple(str(row[part]) for part in key), {})) for row in rows)
-    return [
-        f"{[row[part] for part in key]}: {column} {old[column]} -> {row[column]}"
-        for row, old in pairs
-        for column in row
-        if column.startswith("VMEM")
-        and number(row[column]) > number(old.get(column, "inf")) * (1 + tolerance)
-    ]
+    """What takes a tenth more than the page says, and rows that are not there."""
+    names, compared = TABLES[name].names, TABLES[name].compared
+    known = {tuple(row[part] for part in names): row for row in recorded(name)}
+    found = []
+    for row in rows:
+        key = tuple(row[part] for part in names)
+        if key not in known:
+            found.append(f"{name}: {', '.join(key)} is not on the page")
+            continue
+        for column in (column for column in row if column.startswith(compared)):
+            old, new = number(known[key].get(column, "-")), number(row[column])
+            if new > old * (1 + tolerance) + least(row[column]):
+                found.append(f"{name}: {', '.join(key)}: {column} {known[key].get(column)} -> {row[column]}")
+    return found
 
 
 def number(cell: str) -> float:
-    """A cell of memory; a kernel that is not in a program takes none."""
+    """A cell; a kernel that is not in a program takes nothing."""
     return 0.0 if cell == "-" else float(cell)
+
+
+def least(cell: str) -> float:
+    """Half of a cell's last digit: what rounding may make of nothing."""
+    return 0.5 * 10.0 ** -len(cell.partition(".")[2])
+
+
+def compilers() -> str:
+    """What the figures are of."""
+    found = []
+    for package in ("jax", "libtpu", "jax-cuda13-pjrt"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"no {package}")
+    return ", ".join(found)
+
+
+def compile_rows(name: str, keys: list[Row], jobs: int, file: Path | None) -> list[Row]:
+    """The rows of all keys, by processes of their own, each for some keys; those that `file` has are not made again.
+
+    A process ends now and then, and with it what the compilers keep.
+    """
+    done: dict[str, list[Row]] = {}
+    if file is not None and file.exists():
+        for line in file.read_text().splitlines():
+            made = json.loads(line)
+            if made["table"] == name:
+                done[json.dumps(made["key"])] = made["rows"]
+    left = [key for key in keys if json.dumps(key) not in done]
+
+    def run(some: list[Row]) -> None:
+        command = [sys.executable, __file__, name, "--keys", json.dumps(some)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout or ():
+                if not line.startswith("{"):
+                    continue
+                print(line.strip(), file=sys.stderr, flush=True)
+                made = json.loads(line)
+                done[json.dumps(made["key"])] = made["rows"]
+                if file is not None:
+                    with file.open("a") as rows:
+                        rows.write(line)
+        if process.returncode:
+            raise RuntimeError(f"{name}: the process for {some} ended with exit code {process.returncode}")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, [left[at : at + 8] for at in range(0, len(left), 8)]))
+    return [row for key in keys for row in done[json.dumps(key)]]
+
+
+def compile_here(name: str, keys: list[Row]) -> None:
+    """Rows as lines of JSON on standard output."""
+    for key in keys:
+        print(json.dumps({"table": name, "key": key, "rows": measured(name, key)}), flush=True)
+
+
+def wanted(name: str, only: list[str]) -> list[Row]:
+    """Keys of a table, or those that `name=value,value` pick."""
+    picked = {part.partition("=")[0]: part.partition("=")[2].split(",") for part in only}
+    return [
+        key
+        for key in TABLES[name].keys
+        if all(key.get(one) in of for one, of in picked.items() if one in key)
+    ]
+
+
+def with_others(name: str, rows: list[Row]) -> list[Row]:
+    """The new rows in the order of the keys, and between them those that stay."""
+    of = TABLES[name].names
+    new = {tuple(row[part] for part in of): row for row in rows}
+    kept = [
+        row
+        for row in recorded(name)
+        if tuple(row[part] for part in of) not in new and list(row) == list(rows[0])
+    ]
+    order = [list(key.items()) for key in TABLES[name].keys]
+
+    def place(row: Row) -> int:
+        return next((at for at, key in enumerate(order) if all(row.get(k) == v for k, v in key)), len(order))
+
+    return sorted([*kept, *new.values()], key=place)
 
 
 def main() -> int:
     """Run the script; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("tables", nargs="*", default=list(TABLES), help=f"of {', '.join(TABLES)}")
-    parser.add_argument("--chips", default=",".join(TPUS))
-    parser.add_argument("--lengths", default="2048,8192", help="tokens a row")
-    parser.add_argument("--models", default=",".join(MODELS))
+    names = [*TABLES, "roofline"]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tables", nargs="*", help=f"of {', '.join(names)}")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME=VALUE,VALUE", help="some rows")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile at a time")
+    parser.add_argument(
+        "--rows", type=Path, help="file that keeps each row as it is made, and gives those it has"
+    )
     parser.add_argument("--check", action="store_true", help="compare with the page and write nothing")
+    parser.add_argument("--keys", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if unknown := [name for name in args.tables if name not in names]:
+        parser.error(f"no table {unknown[0]!r}; there are {', '.join(names)}")
     os.environ["JAX_PLATFORMS"] = "cpu"
     sys.path.insert(0, str(ROOT))
+    if args.keys is not None:
+        compile_here(args.tables[0], args.keys)
+        return 0
     worse = []
-    for name in args.tables:
-        lengths = [int(length) for length in args.lengths.split(",")]
-        rows = TABLES[name](args.chips.split(","), lengths, args.models.split(","))
+    for name in args.tables or names:
+        if name == "roofline":
+            if not args.check:
+                put(name, table(roofline()))
+            continue
+        rows = compile_rows(name, wanted(name, args.only), args.jobs, args.rows)
         if args.check:
             worse += grown(name, rows)
         else:
-            put(name, table(rows))
+            put(name, f"{table(with_others(name, rows))}\n\nCompiled with {compilers()}.")
     print("\n".join(worse))
     return 1 if worse else 0
 

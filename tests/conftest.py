@@ -35,6 +35,7 @@ def _prepare_environment() -> None:
     # Most of the run is compilation of programs that compute for microseconds: LLVM's optimizations are left out, but
     # where a test says otherwise (`optimized`).
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    os.environ["MAXSTACK_TILES"] = ""  # no table of this user's
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("MPLBACKEND", "Agg")
 

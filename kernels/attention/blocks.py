@@ -1,10 +1,11 @@
 """How attention is cut: sizes of blocks, pairs a step, and which keys a block of queries can see at all."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from maxstack.kernels import tiles
 from maxstack.kernels.attention.masks import Coordinates, Options
 
 
@@ -21,6 +22,31 @@ class Blocks:
     step_bytes: int = 2**22
     """Float32 logits one step may hold, unless one pair alone takes more (bytes). Default: stays in the caches
     of a CPU; an accelerator has use for much more."""
+
+
+AXES = {
+    "query": (128, 256, 512),
+    "key": (256, 512, 1024),
+    "unrolled": (4, 8, 16),
+    "step_bytes": (2**20, 2**21, 2**22, 2**23, 2**24),
+}
+MOST_STEP_BYTES = 2**30
+
+
+def blocks_for(which: str, q_btnh: Array, k_bskh: Array, v_bskw: Array) -> Blocks:
+    """What the tables have for the "forward" or "backward" pass of a call, else the defaults."""
+    (t, h), (s, w) = q_btnh.shape[1::2], v_bskw.shape[1::2]
+    shape = {"t": tiles.about(t), "s": tiles.about(s), "h": h, "w": w}
+    name, rule = f"attention.xla.{which}", asdict(Blocks())
+    return Blocks(**tiles.chosen(name, q_btnh.dtype, shape, rule, axes=AXES, fault=_fault))
+
+
+def _fault(sizes: tiles.Sizes) -> str | None:
+    if min(sizes["query"], sizes["key"]) < 8:
+        return f"blocks are of 8 positions at least, not {sizes['query']} queries and {sizes['key']} keys"
+    if sizes["step_bytes"] > MOST_STEP_BYTES:
+        return f"a step of {sizes['step_bytes']} bytes; {MOST_STEP_BYTES} is the most"
+    return None
 
 
 def pairs_a_step(pairs: int, pair_bytes: int, blocks: Blocks) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from maxstack.kernels import tiles
 from maxstack.kernels.attention.masks import Options
 
 LOG2E = math.log2(math.e)
@@ -54,6 +55,30 @@ class Blocks:
             queries = 64 if softcap is None else 32
             return Blocks(forward_key=64, dq_key=32, dkv_query=queries, split_dkv=split)
         return Blocks(forward_key=128, dq_key=64, dkv_query=64, split_dkv=split)
+
+
+AXES = {
+    "forward": {"forward_key": (64, 128, 256)},
+    "backward": {"dq_key": (32, 64, 128), "dkv_query": (32, 64, 128)},
+}
+
+
+def blocks_for(which: str, q_btnh: jax.Array, v_bskw: jax.Array, softcap: float | None) -> Blocks:
+    """What the tables have for the "forward" or "backward" pass of a call, else `Blocks.of`."""
+    (t, h), (s, w) = q_btnh.shape[1::2], v_bskw.shape[1::2]
+    shape = {"t": tiles.about(t), "s": tiles.about(s), "h": h, "w": w, "cap": int(softcap is not None)}
+    blocks, axes = Blocks.of(h, w, softcap), AXES[which]
+    rule = {name: getattr(blocks, name) for name in axes}
+    found: dict[str, Any] = tiles.chosen(
+        f"attention.mosaic_gpu.{which}", q_btnh.dtype, shape, rule, axes=axes, fault=_fault
+    )
+    return replace(blocks, **found)
+
+
+def _fault(sizes: tiles.Sizes) -> str | None:
+    """A product takes 8 to 256 columns; blocks are swizzled by 32 at least."""
+    wrong = {name: size for name, size in sizes.items() if size % 32 or size > 256}
+    return f"blocks of {wrong}; they must be multiples of 32 up to 256" if wrong else None
 
 
 def shared(shape: tuple[int, ...], dtype, widest: int = 128):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
+from maxstack.kernels import tiles
 from maxstack.kernels.attention.derivative import differentiable
 from maxstack.kernels.attention.masks import Coordinates, Options
 from maxstack.kernels.dispatch import chip, only_on
@@ -36,14 +37,9 @@ class TpuBlocks:
                 raise ValueError(f"TpuBlocks: {name} is {size} positions; it must be a multiple of 128")
 
 
-BLOCKS = {
-    "v5e": TpuBlocks(rows=512, vmem_mib=96, dq_mib=72),
-    "v5p": TpuBlocks(chunk=256, vmem_mib=56),
-    "v6e": TpuBlocks(vmem_mib=96, dq_mib=72),
-    "v7x": TpuBlocks(vmem_mib=56),
-}
-"""Starting points: tokamax's for v5p and v6e, guesses for the others; none was measured here. Memory:
-three quarters of the 128 MiB of a v5e or v6e, seven eighths of the 64 MiB of a v5p or v7x core."""
+MEMORY = {"v5e": (96, 72), "v5p": (56, 32), "v6e": (96, 72), "v7x": (56, 32)}
+"""`vmem_mib` and `dq_mib` of a chip: three quarters of the 128 MiB of a v5e or v6e, seven eighths of the 64 MiB of a
+v5p or v7x core. Its blocks are in `kernels/tiles.json`; none was measured here."""
 DEFAULT = TpuBlocks(
     rows=512,
     key=512,
@@ -54,7 +50,8 @@ DEFAULT = TpuBlocks(
     vmem_mib=14,
     dq_mib=0,
 )
-"""Of a generation without a line above: no more than the 16 MiB of the smallest."""
+"""Of a generation that no table knows: no more than the 16 MiB of the smallest."""
+AXES = {"rows": (256, 512, 1024, 2048), "key": (512, 1024, 2048), "chunk": (128, 256, 512, 1024)}
 MOST_HEAD_SIZE = 256
 MOST_SCALARS = 200_000
 """Of 2**18 numbers that scalar memory holds."""
@@ -76,7 +73,7 @@ def declined(q_btnh, k_bskh, v_bskw, options: Options, at: Coordinates, config: 
         return f"it takes no empty arrays, and q is {q_btnh.shape}, k {k_bskh.shape}"
     if auto := _automatic_axes(q_btnh):
         return f"a kernel cannot be divided over mesh axes {auto} by the compiler; make them Explicit"
-    return _scalar_memory(q_btnh, k_bskh, at, options, config or _blocks())
+    return _scalar_memory(q_btnh, k_bskh, at, options, config or _blocks(q_btnh, k_bskh, v_bskw))
 
 
 def _automatic_axes(array) -> tuple[str, ...]:
@@ -113,8 +110,32 @@ def _tilings(q_btnh, k_bskh, blocks: TpuBlocks):
     return [tile(t, s, n // k, rows=rows, key=key, chunk=chunk) for rows, key, chunk in sizes]
 
 
-def _blocks() -> TpuBlocks:
-    return BLOCKS.get(chip().name, DEFAULT)
+def _blocks(q_btnh, k_bskh, v_bskw) -> TpuBlocks:
+    """What the tables have for a call on this chip."""
+    (t, h), (s, w) = q_btnh.shape[1::2], v_bskw.shape[1::2]
+    shape = {
+        "t": tiles.about(t),
+        "s": tiles.about(s),
+        "g": q_btnh.shape[2] // k_bskh.shape[2],
+        "h": h,
+        "w": w,
+    }
+    sizes = {}
+    for which, prefix in (("forward", ""), ("backward", "backward_")):
+        rule = {name: getattr(DEFAULT, prefix + name) for name in AXES}
+        name = f"attention.mosaic_tpu.{which}"
+        found = tiles.chosen(name, q_btnh.dtype, shape, rule, axes=AXES, fault=_fault)
+        sizes |= {prefix + name: size for name, size in found.items()}
+    vmem_mib, dq_mib = MEMORY.get(chip().name, (DEFAULT.vmem_mib, DEFAULT.dq_mib))
+    return TpuBlocks(**sizes, vmem_mib=vmem_mib, dq_mib=dq_mib)
+
+
+def _fault(sizes: tiles.Sizes) -> str | None:
+    """Why the kernels cannot take blocks."""
+    rows, key, chunk = sizes["rows"], sizes["key"], sizes["chunk"]
+    if rows % 128 or chunk % 128 or key % chunk:
+        return f"{rows} rows and chunks of {chunk} must be multiples of 128, and {key} keys whole chunks"
+    return None
 
 
 # The kernels are imported where they are used: the import of Pallas takes a third of a second.
@@ -125,7 +146,7 @@ def _forward(options, config, q_btnh, k_bskh, v_bskw, sinks_n, at):
     from maxstack.kernels.attention.mosaic_tpu_forward import forward
     from maxstack.kernels.attention.mosaic_tpu_tiling import Scalars, needed
 
-    blocks, at = config or _blocks(), needed(at, options)
+    blocks, at = config or _blocks(q_btnh, k_bskh, v_bskw), needed(at, options)
     tiling, _ = _tilings(q_btnh, k_bskh, blocks)
     sinks = None
     if sinks_n is not None:
@@ -143,7 +164,7 @@ def _backward(options, config, q_btnh, k_bskh, v_bskw, at, lse, delta, dout):
     from maxstack.kernels.attention.mosaic_tpu_tile import LOG2_E
     from maxstack.kernels.attention.mosaic_tpu_tiling import Scalars, needed
 
-    blocks, at = config or _blocks(), needed(at, options)
+    blocks, at = config or _blocks(q_btnh, k_bskh, v_bskw), needed(at, options)
     _, tiling = _tilings(q_btnh, k_bskh, blocks)
     q, dout = arrays.rows_of(q_btnh, tiling), arrays.rows_of(dout.astype(q_btnh.dtype), tiling)
     lse_delta = [  # of padded queries +inf and 0: no weight

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from maxstack.kernels.attention import looped, tile, unrolled
-from maxstack.kernels.attention.blocks import Blocks, pairs_a_step
+from maxstack.kernels.attention.blocks import Blocks, blocks_for, pairs_a_step
 from maxstack.kernels.attention.derivative import differentiable
 from maxstack.kernels.attention.masks import Coordinates, Options
 
@@ -30,7 +30,7 @@ def declined(q_btnh, k_bskh, v_bskw, options: Options, at: Coordinates, config: 
 def _forward(options, blocks, q_btnh, k_bskh, v_bskw, sinks_n, at):
     b, t, n, _ = q_btnh.shape
     s, k, _ = v_bskw.shape[1:]
-    blocks = blocks or Blocks()
+    blocks = blocks or blocks_for("forward", q_btnh, k_bskh, v_bskw)
     drive = _drive(t, s, blocks)
     q, kk, v = _pairs_q(q_btnh, k), _pairs_kv(k_bskh), _pairs_kv(v_bskw)
     top, total, out = _in_steps(
@@ -50,7 +50,7 @@ def _forward(options, blocks, q_btnh, k_bskh, v_bskw, sinks_n, at):
 def _backward(options, blocks, q_btnh, k_bskh, v_bskw, at, lse, delta, dout):
     b, t, n, h = q_btnh.shape
     s, k = k_bskh.shape[1:3]
-    blocks = blocks or Blocks()
+    blocks = blocks or blocks_for("backward", q_btnh, k_bskh, v_bskw)
     drive = _drive(t, s, blocks)
     q, kk, v = _pairs_q(q_btnh, k), _pairs_kv(k_bskh), _pairs_kv(v_bskw)
     arrays = (q, kk, jnp.swapaxes(kk, 1, 2), v, _pairs_q(dout.astype(q.dtype), k))

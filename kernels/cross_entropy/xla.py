@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
+from maxstack.kernels import tiles
 from maxstack.kernels.cross_entropy.layout import Layout, Options
 from maxstack.kernels.dispatch import chip
 
@@ -24,12 +25,28 @@ PIECE_COLUMNS = 4096
 """Of the gradient of w on a CPU, added at a time."""
 
 
-def chunk_of(tokens: int, vocabulary: int, options: Options) -> int:
-    """Tokens a chunk: as asked for, else as many as the bytes above hold; then evened out over the chunks."""
-    bound = MOST_BYTES_ON_CPU if chip().platform == "cpu" else MOST_BYTES
-    share = min(max(4 * tokens * vocabulary // CHUNK_SHARE, LEAST_BYTES), bound)
-    most = options.chunk or max(share // (4 * vocabulary), 1)
+def chunk_of(tokens: int, w_dv: Array, options: Options) -> int:
+    """Tokens a chunk: as asked for, else what the tables have or as many as the bytes above hold; then evened out over
+    the chunks."""
+    most = options.chunk or _usual_chunk(tokens, w_dv)
     return -(-tokens // -(-tokens // most))
+
+
+def _usual_chunk(tokens: int, w_dv: Array) -> int:
+    d, vocabulary = w_dv.shape
+    bound = MOST_BYTES_ON_CPU if chip().platform == "cpu" else MOST_BYTES
+    bytes_ = min(max(4 * tokens * vocabulary // CHUNK_SHARE, LEAST_BYTES), bound)
+    usual = max(bytes_ // (4 * vocabulary), 1)
+    shape = {"t": tiles.about(tokens), "d": tiles.about(d), "v": tiles.about(vocabulary)}
+    axes = {"chunk": tuple(max(usual * part // 4, 1) for part in (1, 2, 4, 8, 16))}
+
+    def fault(sizes: tiles.Sizes) -> str | None:
+        if sizes["chunk"] <= 4 * usual:
+            return None
+        return f"logits of {sizes['chunk']} tokens take more than 4 times the usual {4 * usual * vocabulary} bytes"
+
+    rule = {"chunk": usual}
+    return tiles.chosen("cross_entropy.xla", w_dv.dtype, shape, rule, axes=axes, fault=fault)["chunk"]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -166,7 +183,7 @@ def _over_chunks(options, layout, body, carry, x_td, w_dv, *per_token, weights_t
     """
     lead, d = x_td.shape[:-1], x_td.shape[-1]
     tokens = per_token[0].size
-    chunk = chunk_of(tokens, w_dv.shape[1], options)
+    chunk = chunk_of(tokens, w_dv, options)
     chunks = -(-tokens // chunk)
     pad = chunks * chunk - tokens
     source = place = weighed = None

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from maxstack.kernels import tiles
+
 MOST_ROWS = 128
 """Rows a block at most; 256 were slower, and waste more on the last block of each group."""
 
@@ -73,10 +75,14 @@ def matrices(
 
 
 def _rows_a_block(x_td: Array, group_sizes_e: Array) -> int:
-    """The mean group's rows rounded up to a power of two: about one half-filled block a group."""
+    """The mean group's rows rounded up to a power of two: about one half-filled block a group; no more than the most
+    that the tables have for such groups."""
     t, e = x_td.shape[0], group_sizes_e.shape[0]
-    mean = -(-t // e)
-    return min(1 << (mean - 1).bit_length(), MOST_ROWS, t)
+    mean = tiles.about(-(-t // e))
+    shape, axes = {"rows": mean, "d": tiles.about(x_td.shape[1])}, {"most": (32, 64, 128, 256, 512)}
+    rule = {"most": MOST_ROWS}
+    sizes = tiles.chosen("grouped_matmul.xla", x_td.dtype, shape, rule, axes=axes, fault=lambda sizes: None)
+    return min(mean, sizes["most"], t)
 
 
 def _over_groups(group: Callable, carry: Array, group_sizes_e: Array, t: int, block: int) -> Array:

@@ -36,7 +36,7 @@ def _product_bwd(kept, dy_tf):
     x_td, w_edf, group_sizes_e = kept
     dx_td = _rows(dy_tf, w_edf, group_sizes_e, transposed=True)
     dw_edf = jax.lax.platform_dependent(
-        x_td, dy_tf, group_sizes_e, cpu=blocked.matrices, default=ragged.matrices
+        x_td, dy_tf, group_sizes_e, cpu=partial(blocked.matrices), default=ragged.matrices
     )
     return dx_td, dw_edf, None
 

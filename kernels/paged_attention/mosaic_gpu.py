@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from maxstack.kernels import dispatch
+from maxstack.kernels import dispatch, tiles
 from maxstack.kernels.paged_attention.cache import KVCache, LatentCache, head_size, page_size
 from maxstack.kernels.paged_attention.plan import Options, Pieces, joined, pieces
 
@@ -69,7 +69,18 @@ def default_splits(q_btnh, cache, table_pages: int) -> int:
     """So many that each SM has two warpgroups, if sequences are long enough."""
     (b, t, n, _), k = q_btnh.shape, cache.k_pages.shape[1]
     each = max(1, min(t, _most_rows(cache) // (n // k)))
-    return max(1, min(-(-2 * SMS // (b * k * -(-t // each))), table_pages))
+    usual = max(1, min(-(-2 * SMS // (b * k * -(-t // each))), table_pages))
+    shape = {"b": b, "t": t, "n": n, "k": k, "h": head_size(cache), "p": tiles.about(table_pages)}
+    axes = {
+        "splits": tuple(sorted({max(1, min(usual * part // 4, table_pages)) for part in (1, 2, 4, 8, 16)}))
+    }
+
+    def fault(sizes: tiles.Sizes) -> str | None:
+        splits = sizes["splits"]
+        return f"{splits} parts of {table_pages} pages" if splits > table_pages else None
+
+    name = "paged_attention.mosaic_gpu"
+    return tiles.chosen(name, cache.k_pages.dtype, shape, {"splits": usual}, axes=axes, fault=fault)["splits"]
 
 
 def _most_rows(cache: KVCache) -> int:

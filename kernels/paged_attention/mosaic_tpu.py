@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from maxstack.kernels import dispatch
+from maxstack.kernels import dispatch, tiles
 from maxstack.kernels.paged_attention.cache import KVCache, LatentCache, head_size, page_size
 from maxstack.kernels.paged_attention.plan import Options, Pieces, joined, pieces
 
@@ -63,10 +63,10 @@ def paged_attention(
     b, t = q_btnh.shape[:2]
     pools = _pools(cache)
     kv_heads, page = pools[0].shape[1], page_size(cache)
-    work, each = pieces(q_btnh, kv_heads, lengths_b, options, page, table_bp.shape[1], MOST_ROWS)
-    out, lse = _call(
-        work, pools, isinstance(cache, LatentCache), table_bp, options, value_size, each, interpret
-    )
+    sizes = _sizes(q_btnh, pools, page)
+    work, each = pieces(q_btnh, kv_heads, lengths_b, options, page, table_bp.shape[1], sizes["rows"])
+    latent = isinstance(cache, LatentCache)
+    out, lse = _call(work, pools, latent, table_bp, options, value_size, each, sizes["slots"], interpret)
     return joined(out, b, t, each, options.splits), joined(lse[..., 0], b, t, each, options.splits)
 
 
@@ -82,16 +82,33 @@ def _pools(cache) -> list[Array]:
     return [jnp.swapaxes(pools[0], 2, 3), *pools[1:]] if head_size(cache) % LANES else pools
 
 
+def _sizes(q_btnh, pools, page: int) -> tiles.Sizes:
+    """Query rows of a piece and pages in flight: what the tables have, else as many as said above."""
+    b, t, n, h = q_btnh.shape
+    page_bytes = sum(_bytes(pool) for pool in pools) // pools[0].shape[0]
+    rule = {"rows": MOST_ROWS, "slots": max(2, min(SLOTS, RING_BYTES // page_bytes))}
+    shape = {"b": tiles.about(b), "t": t, "n": n, "k": pools[0].shape[1], "h": h, "p": page}
+    axes = {"rows": (64, 128, 256), "slots": (2, 3, 4, 6, 8)}
+
+    def fault(sizes: tiles.Sizes) -> str | None:
+        slots = sizes["slots"]
+        if slots < 2 or slots * page_bytes > max(RING_BYTES, 2 * page_bytes):
+            return f"{slots} pages of {page_bytes} bytes in flight; it takes 2 at least, and {RING_BYTES} bytes at most"
+        return None
+
+    return tiles.chosen("paged_attention.mosaic_tpu", pools[0].dtype, shape, rule, axes=axes, fault=fault)
+
+
 def _call(
-    work: Pieces, pools, latent: bool, table_bp, options: Options, value_size: int, each: int, interpret
-):
+    work: Pieces, pools, latent: bool, table_bp, options: Options, value_size: int, each: int, slots: int,
+    interpret,
+):  # fmt: skip
     """(out [r, k, m, w], lse [r, k, m, LANES]); all lanes of an lse are one number."""
     r = len(work.first_r)
     k, m, h = work.q_rkmh.shape[1:]
     cores = 2 if dispatch.chip().name in TWO_CORES and r % 2 == 0 else 1
     per_core = r // cores
     page_bytes = sum(_bytes(pool) for pool in pools) // pools[0].shape[0]
-    slots = max(2, min(SLOTS, RING_BYTES // page_bytes))
     narrow = work.q_rkmh.dtype == jnp.bfloat16 and pools[0].dtype != jnp.float32
     dtype = jnp.bfloat16 if narrow else jnp.float32
     q_rkmh = (work.q_rkmh.astype(jnp.float32) * options.scale).astype(dtype)
@@ -126,6 +143,7 @@ def _call(
             ],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=_cost(work, page_bytes, table_bp, pools[0].shape[-1] * pools[0].shape[-2], value_size, options),
         interpret=interpret,
         name="paged_attention",
     )(
@@ -136,6 +154,18 @@ def _call(
 
 def _bytes(pool) -> int:
     return pool.size * (4 if pool.dtype == jnp.int4 else 8 * pool.dtype.itemsize) // 8
+
+
+def _cost(work: Pieces, page_bytes: int, table_bp, key_numbers: int, value_size: int, options: Options):
+    """For XLA's schedule: full sequences, since lengths are known at run time alone."""
+    r, k, m, h = work.q_rkmh.shape
+    pages = r * table_bp.shape[1] // options.splits
+    logits = pages * k * m * key_numbers // h
+    return pl.CostEstimate(
+        flops=2 * logits * (h + value_size),
+        transcendentals=logits,
+        bytes_accessed=pages * page_bytes + 4 * r * k * m * (h + value_size),
+    )
 
 
 def _ahead(work: Pieces, cores: int) -> Array:

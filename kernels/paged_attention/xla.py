@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from maxstack.kernels import dispatch
+from maxstack.kernels import dispatch, tiles
 from maxstack.kernels.paged_attention.cache import KVCache, LatentCache, page_size, unpacked
 from maxstack.kernels.paged_attention.plan import Options, by_kv_head, by_query, finite, page_ranges
 
@@ -44,19 +44,29 @@ def paged_attention(
     starts_bs, ends_bs = page_ranges(lengths_b, t, options, page_size(cache), table_bp.shape[1])
     q_bkmh = by_kv_head(q_btnh, kv_heads)
 
+    tokens = _block_tokens(q_bkmh, cache)
+
     def split(s):
         rows = (q_bkmh, table_bp, lengths_b, starts_bs[:, s], ends_bs[:, s])
         if dispatch.chip().platform != "cpu":
-            tokens = BLOCK_BYTES // (4 * b * kv_heads * h)
-            return _attend(cache, rows, t, options, value_size, tokens)
+            return _attend(cache, rows, t, options, value_size, BLOCK_BYTES // (4 * b * kv_heads * h))
         one = jax.lax.map(
-            lambda row: _attend(cache, _each(row, lambda a: a[None]), t, options, value_size, BLOCK_TOKENS),
+            lambda row: _attend(cache, _each(row, lambda a: a[None]), t, options, value_size, tokens),
             rows,
         )
         return _each(one, lambda a: a[:, 0])
 
     out, lse = (jnp.stack(parts) for parts in zip(*map(split, range(options.splits)), strict=True))
     return by_query(out, t), by_query(lse, t)
+
+
+def _block_tokens(q_bkmh, cache: KVCache | LatentCache) -> int:
+    """Tokens of a step on the CPU: what the tables have, else BLOCK_TOKENS."""
+    pages = cache.pages if isinstance(cache, LatentCache) else cache.k_pages
+    shape = {"k": q_bkmh.shape[1], "m": q_bkmh.shape[2], "h": q_bkmh.shape[3], "p": page_size(cache)}
+    axes, rule = {"tokens": (256, 512, 1024, 2048, 4096)}, {"tokens": BLOCK_TOKENS}
+    name, fault = "paged_attention.xla", lambda sizes: None
+    return tiles.chosen(name, pages.dtype, shape, rule, axes=axes, fault=fault)["tokens"]
 
 
 def _each(arrays, change):

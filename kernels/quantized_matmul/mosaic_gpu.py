@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from maxstack.kernels import tiles
 from maxstack.kernels.quantized_matmul.weight import QuantizedWeight
 
 ROWS, GROUPS = 64, 2
@@ -75,7 +76,7 @@ def quantized_matmul(
     size = min(MOST_TOKENS, max(FEWEST_TOKENS, 1 << (tokens - 1).bit_length()))
     x_tk = jnp.pad(x_tk, ((0, -tokens % size), (0, 0)))
     blocks = x_tk.shape[0] // size * (w.outputs // (ROWS * GROUPS))
-    splits = splits or splits_for(w.inputs // INPUTS, blocks)
+    splits = splits or _usual_splits(x_tk.shape[0], w, blocks)
     y_pnt = run(x_tk, w, size, splits, through_memory)
     y_tn = jnp.sum(y_pnt, 0)[:, :tokens].T
     if w.group == w.inputs:
@@ -85,6 +86,20 @@ def quantized_matmul(
     sums_tg = x_tk[:tokens].astype(jnp.float32).reshape(tokens, -1, w.group).sum(-1)
     offset_gn = w.scale.astype(jnp.float32) * w.zero.astype(jnp.float32)
     return y_tn - jnp.dot(sums_tg, offset_gn, precision=jax.lax.Precision.HIGHEST)
+
+
+def _usual_splits(tokens: int, w: QuantizedWeight, blocks: int) -> int:
+    """What the tables have, else `splits_for`."""
+    steps = w.inputs // INPUTS
+    shape = {"t": tokens, "n": w.outputs, "k": w.inputs, "g": w.group}
+    axes = {"splits": tuple(parts for parts in (1, 2, 3, 4, 6, 8, 12, 16) if steps % parts == 0)}
+
+    def fault(sizes: tiles.Sizes) -> str | None:
+        uneven = steps % sizes["splits"]
+        return f"{steps} steps of inputs do not part into {sizes['splits']}" if uneven else None
+
+    name, rule = f"quantized_matmul.mosaic_gpu.int{w.bits}", {"splits": splits_for(steps, blocks)}
+    return tiles.chosen(name, "bfloat16", shape, rule, axes=axes, fault=fault)["splits"]
 
 
 def run(x_tk: Array, w: QuantizedWeight, size: int, splits: int, through_memory: bool) -> Array:

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from maxstack.kernels import tiles as tiling
 from maxstack.kernels.quantized_matmul.weight import QuantizedWeight
 
 LANES = 128
@@ -25,8 +26,8 @@ INT8_TOKENS = 32
 """The same for int8."""
 MOST_TOKENS, MOST_OUTPUTS, MOST_INPUTS = 256, 512, 2048
 """Of a tile. With two tiles of each in flight and the weights in bfloat16 they take 7 MiB of VMEM."""
-
-
+AXES = {"tokens": (64, 128, 256, 512), "outputs": (256, 512, 1024), "inputs": (512, 1024, 2048, 4096)}
+"""Worth trying."""
 WITHOUT_INT8 = ("v2", "v3", "v4")
 """Generations whose matrix unit has no int8."""
 
@@ -55,11 +56,23 @@ def declined(x_tk: Array, w: QuantizedWeight) -> str | None:
 def tiles_for(tokens: int, w: QuantizedWeight, step: int = TOKENS) -> Tiles:
     """The largest tiles that divide the weight, and tokens filled up to whole ones."""
     rows = -(-tokens // step) * step
-    return Tiles(
-        min(rows, MOST_TOKENS),
-        next(n for n in range(MOST_OUTPUTS, 0, -LANES) if w.outputs % n == 0),
-        next(k for k in range(MOST_INPUTS, 0, -LANES) if w.inputs % k == 0),
-    )
+    rule = {
+        "tokens": min(rows, MOST_TOKENS),
+        "outputs": next(n for n in range(MOST_OUTPUTS, 0, -LANES) if w.outputs % n == 0),
+        "inputs": next(k for k in range(MOST_INPUTS, 0, -LANES) if w.inputs % k == 0),
+    }
+
+    def fault(sizes: tiling.Sizes) -> str | None:
+        bt, bn, bk = sizes["tokens"], sizes["outputs"], sizes["inputs"]
+        if bt > rows or bt % step:
+            return f"a tile of {bt} tokens; it takes multiples of {step} up to {rows}"
+        if bn % LANES or bk % LANES or w.outputs % bn or w.inputs % bk:
+            return f"tiles of {bn} outputs and {bk} inputs; they must be multiples of {LANES} that divide {w.shape}"
+        return None
+
+    name, dtype = f"quantized_matmul.mosaic_tpu.int{w.bits}", "bfloat16" if step == TOKENS else "int8"
+    shape = {"t": tiling.about(tokens), "n": w.outputs, "k": w.inputs, "g": w.group}
+    return Tiles(**tiling.chosen(name, dtype, shape, rule, axes=AXES, fault=fault))
 
 
 def quantized_matmul(

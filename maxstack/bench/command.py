@@ -18,11 +18,50 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender; medians are shown")
     parser.add_argument("--seconds", type=float, default=0.2, help="least length of a turn (seconds)")
     parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument(
+        "--tune", action="store_true", help="try sizes of blocks, and keep the best for this user"
+    )
     args = parser.parse_args(argv)
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds}: at least one turn is needed")
-    run(args.only, args.rounds, args.seconds, args.json)
+    (tune if args.tune else run)(args.only, args.rounds, args.seconds, args.json)
     return 0
+
+
+def tune(only: Sequence[str], rounds: int, seconds: float, file: Path | None) -> None:
+    """Try sizes of blocks, keep what is better in the user's table, case by case, and show what came out."""
+    from maxstack.bench.kernels import CASES
+    from maxstack.bench.tune import Found, keep, table, tuned
+    from maxstack.kernels import Unsupported
+    from maxstack.kernels.tiles import Sizes, user_file
+
+    check(only)
+    console, found, done = Console(stderr=True), list[Found](), dict[str, Sizes]()
+    said = keep([], user_file())  # that it cannot be written is said before the work
+    for name in only or CASES:
+        for case in CASES[name]():
+            with console.status(f"{case.kernel}, {case.shape} …"):
+                try:
+                    for each in tuned(case, rounds=rounds, least_seconds=seconds, done=done):
+                        found.append(each)
+                        said = keep(found, user_file())
+                except Unsupported as reason:
+                    console.print(f"{case.kernel}, {case.shape}: not tuned: {reason}")
+    for each in found:
+        for dropped in each.dropped:
+            console.print(f"{each.request.key}: dropped {dropped}", highlight=False, markup=False)
+    print(table(found))
+    print(said)
+    if file is not None:
+        write_atomically(file, json.dumps([each.row() for each in found], indent=1).encode())
+
+
+def check(only: Sequence[str]) -> None:
+    """Refuse the name of a kernel that is none."""
+    from maxstack.bench.kernels import CASES
+
+    if unknown := [name for name in only if name not in CASES]:
+        raise UserError(f"--only {unknown[0]}: no such kernel; there are {', '.join(CASES)}")
 
 
 def run(only: Sequence[str], rounds: int, seconds: float, file: Path | None) -> None:
@@ -33,8 +72,7 @@ def run(only: Sequence[str], rounds: int, seconds: float, file: Path | None) -> 
     from maxstack.bench.measure import bandwidth, measured, product_rate, table
     from maxstack.kernels.dispatch import chip
 
-    if unknown := [name for name in only if name not in CASES]:
-        raise UserError(f"--only {unknown[0]}: no such kernel; there are {', '.join(CASES)}")
+    check(only)
     here, console = chip(), Console(stderr=True)
     memory, products = bandwidth(), product_rate(dtype="float32" if here.platform == "cpu" else "bfloat16")
     device = jax.devices()[0].device_kind

@@ -50,24 +50,28 @@ class Result:
 
 def measured(case: Case, *, rounds: int, least_seconds: float = 0.0) -> Result:
     """Run a case's contenders in turns. A round repeats a call until it has taken `least_seconds`."""
-    ready: dict[str, tuple[Prepared, int]] = {}
+    ready: dict[str, Prepared] = {}
     declined: dict[str, str] = {}
     for name, make in case.contenders.items():
         try:
-            call = make()
-            took = once(call)  # compiled by now
+            ready[name] = make()
         except (Unsupported, NotImplementedError) as reason:
             declined[name] = str(reason)
-            continue
-        ready[name] = call, max(1, round(least_seconds / max(took, 1e-9)))
-    times: dict[str, list[float]] = {name: [] for name in ready}
+    took = times(ready, rounds=rounds, least_seconds=least_seconds)
+    return Result(case, {name: statistics.median(each) for name, each in took.items()}, declined)
+
+
+def times(calls: dict[str, Prepared], *, rounds: int, least_seconds: float = 0.0) -> dict[str, list[float]]:
+    """Seconds of each call in each round, in turns. A round repeats a call until it has taken `least_seconds`."""
+    repeats = {name: max(1, round(least_seconds / max(once(call), 1e-9))) for name, call in calls.items()}
+    took: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, (call, repeats) in ready.items():
+        for name, call in calls.items():
             start = time.perf_counter()
             # Only the last is waited for: the host runs ahead of the device, as it does in a program.
-            jax.block_until_ready([call() for _ in range(repeats)][-1])
-            times[name].append((time.perf_counter() - start) / repeats)
-    return Result(case, {name: statistics.median(each) for name, each in times.items()}, declined)
+            jax.block_until_ready([call() for _ in range(repeats[name])][-1])
+            took[name].append((time.perf_counter() - start) / repeats[name])
+    return took
 
 
 def once(call: Prepared) -> float:
@@ -80,7 +84,8 @@ def once(call: Prepared) -> float:
 
 def prepared(function: Callable, *arguments: Any) -> Prepared:
     """`function` compiled for these arguments."""
-    run = jax.jit(function).lower(*arguments).compile()
+    # A function made anew: of the same one jax has kept a trace, which may be of other sizes of blocks.
+    run = jax.jit(lambda *each: function(*each)).lower(*arguments).compile()
     return lambda: run(*arguments)
 
 

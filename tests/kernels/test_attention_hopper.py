@@ -10,7 +10,8 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from benchmarks.kernel_registers import ATTENTION, MASKS, attention_rows
+from benchmarks.kernel_programs import MASKS, MODELS, attention_of
+from benchmarks.kernel_registers import kernel_resources
 from maxstack.kernels.attention import mosaic_gpu, mosaic_gpu_spans
 from maxstack.kernels.attention.masks import Coordinates, Options
 from maxstack.kernels.attention.mosaic_gpu_tile import Blocks
@@ -228,14 +229,13 @@ def test_what_it_declines_and_why():
         assert "config is str" in reason(arrays(), config="blocks of another")
 
 
-def check_compiled(shapes, masks):
-    rows = list(attention_rows(shapes, masks))
-    assert [row["kernel"] for row in rows] == ["attention_forward", "attention_dkv", "attention_dq"] * (
-        len(shapes) * len(masks)
-    )
+def check_compiled(model, mask):
+    function, arguments = attention_of(model, 8192, mask=mask)
+    rows = kernel_resources(function, *arguments)
+    assert [row["kernel"] for row in rows] == ["attention_forward", "attention_dkv", "attention_dq"]
     for row in rows:
         # At 256 the sum of a warpgroup is half of its registers; what is spilled there are a few scalars.
-        few = 64 if row["shape"].startswith("256") and row["kernel"] == "attention_dq" else 0
+        few = 64 if model == "256" and row["kernel"] == "attention_dq" else 0
         assert row["spilled"] <= few, row
         assert not row["serialized"], row
         assert row["shared"] <= 227 * 1024, row
@@ -243,12 +243,12 @@ def check_compiled(shapes, masks):
 
 @needs_cuda_compiler
 def test_hopper_code_spills_nothing():
-    shape = "8B: 32/8 heads of 128"
-    check_compiled({shape: ATTENTION[shape]}, {"packed": MASKS["packed"]})
+    check_compiled("8B", "packed")
 
 
 @needs_cuda_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", list(ATTENTION))
-def test_hopper_code_spills_nothing_for_any_training_shape(shape):
-    check_compiled({shape: ATTENTION[shape]}, MASKS)
+@pytest.mark.parametrize("model", list(MODELS))
+@pytest.mark.parametrize("mask", list(MASKS))
+def test_hopper_code_spills_nothing_for_any_training_shape(model, mask):
+    check_compiled(model, mask)

@@ -1,0 +1,98 @@
+"""What the compilers say of the kernels, beside what docs/kernels.md has on record of it."""
+
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from benchmarks import kernel_programs, kernel_table
+from benchmarks.kernel_table import TABLES, grown, measured, recorded, with_others
+from maxstack.kernels import tiles
+from maxstack.kernels.dispatch import Chip, compiling_for
+from tests.kernels.chips import needs_cuda_compiler, needs_libtpu
+
+QUICK = [
+    ("tpu-paged", {"chip": "v6e", "model": "8B", "pages": "int8", "queries": "1"}),
+    ("tpu-quantized", {"chip": "v5e", "model": "8B", "weights": "int4-g128", "tokens": "16"}),
+    ("tpu-attention", {"chip": "v7x", "model": "1B", "tokens": "2048"}),
+    ("hopper-attention", {"model": "8B", "mask": "causal"}),
+    ("hopper-quantized", {"model": "8B", "weights": "int8", "tokens": "64"}),
+]
+MARKS = {"tpu": needs_libtpu, "hopper": needs_cuda_compiler}
+
+
+def of(table):
+    return MARKS[table.partition("-")[0]]
+
+
+@pytest.mark.parametrize(("table", "key"), [pytest.param(*each, marks=of(each[0])) for each in QUICK])
+def test_kernels_take_no_more_than_recorded(table, key):
+    rows = measured(table, key)
+    assert rows
+    assert grown(table, rows) == [], f"compiled with {kernel_table.compilers()}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", [pytest.param(name, marks=of(name)) for name in TABLES])
+def test_no_kernel_takes_more_than_recorded(table):
+    script = [sys.executable, kernel_table.__file__, table, "--check"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_the_page_has_every_row_that_the_script_makes(table):
+    rows = recorded(table)
+    assert rows
+    for key in TABLES[table].keys:
+        assert any(row.items() >= key.items() for row in rows), key
+
+
+@needs_libtpu
+def test_a_larger_block_is_found_out():
+    """A fault planted: twice the inputs a tile."""
+    table, key = QUICK[1]
+    function, arguments, _, _ = kernel_programs.quantized_of(key["weights"], int(key["tokens"]), key["model"])
+    with compiling_for(Chip("tpu", key["chip"])), tiles.asked() as requests:
+        jax.eval_shape(lambda *each: function(*each), *arguments)
+    (request,) = requests.values()
+    with tiles.trying({request.key: {"inputs": 2 * request.current["inputs"]}}):
+        (complaint,) = [each for each in grown(table, TABLES[table].measure(key)) if "VMEM" in each]
+    assert complaint.startswith("tpu-quantized: v5e, 8B, int4-g128, 16: VMEM MiB ")
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_table, "PAGE", tmp_path / "page.md")
+    rows = [row("8B", "int8", "1", spilled="0"), row("8B", "int4", "1", shared="100.0")]
+    kernel_table.put("hopper-paged", kernel_table.table(rows) + "\n\nCompiled with something.")
+    return rows
+
+
+def row(model, pages, queries, registers="168", spilled="0", shared="64.0"):
+    return {
+        "model": model, "pages": pages, "queries": queries, "registers": registers, "spilled bytes": spilled,
+        "shared KiB": shared, "peak allowed": "100% / 50%",
+    }  # fmt: skip
+
+
+def test_a_tenth_more_is_let_pass_and_beyond_it_is_told(page):
+    assert recorded("hopper-paged") == page
+    assert grown("hopper-paged", page) == []
+    assert grown("hopper-paged", [row("8B", "int4", "1", shared="110.0", registers="160")]) == []
+    assert grown("hopper-paged", [row("8B", "int4", "1", shared="110.2")]) == [
+        "hopper-paged: 8B, int4, 1: shared KiB 100.0 -> 110.2"
+    ]
+    assert grown("hopper-paged", [row("8B", "int8", "1", spilled="4")]) == [
+        "hopper-paged: 8B, int8, 1: spilled bytes 0 -> 4"
+    ]
+    assert grown("hopper-paged", [row("8B", "int8", "256")]) == [
+        "hopper-paged: 8B, int8, 256 is not on the page"
+    ]
+
+
+def test_some_rows_are_written_and_the_others_stay_in_their_order(page):
+    new = [row("1B", "int4", "256"), row("8B", "int8", "1", shared="70.0")]
+    merged = with_others("hopper-paged", new)
+    assert merged == [new[0], new[1], page[1]]
