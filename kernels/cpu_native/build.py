@@ -26,7 +26,9 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-ffast-math", "-fno-fin
 # Linked apart: with -ffast-math, GCC before 13 links what makes the process that loads the library round denormal
 # numbers to 0 in all that it does, numpy included.
 LINK = ("-shared",)
-NAMES = ("rows_product", "cached_attention", "int8_product", "int4_product")
+NAMES = (
+    "rows_product", "cached_attention", "int8_product", "int4_product", "grouped_int8_product", "grouped_int4_product",
+)  # fmt: skip
 PREFIX = "maxstack_"
 SECONDS = 120.0
 """A compiler that takes longer is given up."""

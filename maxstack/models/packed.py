@@ -16,11 +16,13 @@ class Packed(Buffer):
 
 
 class PackedMatrix(nnx.Module):
-    """A matrix [N outputs, K inputs] in few bits. Stacked copies have further axes in front."""
+    """A matrix [N outputs, K inputs] in few bits, or one for each index of the axes `front`. Stacked copies have
+    further axes before those."""
 
-    def __init__(self, w: QuantizedWeight):
+    def __init__(self, w: QuantizedWeight, front: tuple[str, ...] = ()):
         # No zero points: rounding to nearest loads without them, and calibrated schemes have their own modules.
-        self.values, self.scale = (Packed(getattr(w, name), axes=("whole", "whole")) for name in ARRAYS)
+        axes = (*front, "whole", "whole")
+        self.values, self.scale = (Packed(getattr(w, name), axes=axes) for name in ARRAYS)
         self.inputs, self.group = w.inputs, w.group
 
     @property
