@@ -14,7 +14,7 @@ memory. Blocks beyond the visits that the sizes make have no stages and store no
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def tiles_for(rows: int, groups: int, outputs: int) -> Tiles:
     return Tiles(ROWS if few else GROUPS * ROWS, wide)
 
 
-def shared(stages: int, *shape: int) -> plgpu.SMEM:
+def shared(stages: int, *shape: int) -> Any:
     """Blocks in stages, as `wgmma` and TMA want them."""
     return plgpu.SMEM((stages, *shape), jnp.bfloat16, transforms=SWIZZLE)
 

@@ -1,5 +1,7 @@
 """What the Hopper kernels of grouped products share: stages that are loaded and summed, rows that are stored."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -49,7 +51,7 @@ def summed(shape: tuple[int, int], multiply, steps, stages: int, ready, free) ->
 def store_rows(block, to, start, size) -> None:
     """The first `size` rows of a block to rows from `start` on: a run for each bit of `size`, for TMA knows only
     runs whose length is fixed beforehand."""
-    done = jnp.int32(0)
+    done: Any = 0
     run = block.shape[0]
     while run:
         part = size & run
