@@ -1,6 +1,6 @@
-"""Hopper: tiles of rows begin where groups do, so that only a group's last tile multiplies rows in vain.
+"""Hopper: tiles of rows begin where groups do, so that only a group's last tile multiplies many rows in vain.
 
-TMA fetches a tile of rows from any row on, and stores the group's rows of a tile as runs of 1, 2, 4, ... rows. Three
+TMA fetches a tile from every eighth row on, and stores the group's rows of a tile as runs of 1, 2, 4, ... rows. Three
 warpgroups a block, and what each does over time:
 
     loads    |x0 w0|x1 w1|x2 w2|x3 w3|  wait: a stage is free  |x4 w4| ...
@@ -9,8 +9,8 @@ warpgroups a block, and what each does over time:
 
 A stage is 64 inputs of a tile of rows and of a tile of outputs of the group's matrix. Blocks that run together share
 eight tiles of rows, so that a matrix is read from memory once for them. Of the gradient by matrices a block is a tile
-of one group's matrix, and a stage 64 rows; rows of a group's last stage that are not its own are set to 0 in shared
-memory. Blocks beyond the visits that the sizes make have no stages and store nothing.
+of one group's matrix, and a stage 64 rows; what a group's first and last stage hold of other groups is set to 0 in
+shared memory. Blocks beyond the visits that the sizes make have no stages and store nothing.
 """
 
 import functools
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from maxstack.kernels.grouped_matmul import mosaic_gpu_quantized
 from maxstack.kernels.grouped_matmul.mosaic_gpu_tile import load_stages, store_rows, summed
 from maxstack.kernels.grouped_matmul.quantized import whole
-from maxstack.kernels.grouped_matmul.visits import own_tiles
+from maxstack.kernels.grouped_matmul.visits import EIGHT, own_tiles
 from maxstack.kernels.quantized_matmul.weight import QuantizedWeight
 
 ROWS, GROUPS = 64, 2
@@ -117,19 +117,21 @@ def rows(
         thread_name="warpgroup",
         scratch_types=scratch,
         kernel_name="grouped_matmul",
-    )(*spans[:3], spans[3].astype(jnp.int32), x_td, w_edf)
+    )(*spans[:4], spans[4].astype(jnp.int32), x_td, w_edf)
     return y_tf[:count]
 
 
 def _rows_block(
-    group_v, start_v, size_v, real_v, x_td, w_edf, y_tf, *, xs, ws, ys, ready, free, tiles, steps, stages, transposed
+    group_v, start_v, first_v, end_v, real_v, x_td, w_edf, y_tf,
+    *, xs, ws, ys, ready, free, tiles, steps, stages, transposed,
 ):  # fmt: skip
     """One block: GROUPS warpgroups multiply, the last one loads."""
     v = jax.lax.axis_index("many") * jax.lax.axis_size("each") + jax.lax.axis_index("each")
     first_output = jax.lax.axis_index("n") * tiles.outputs
     own = jax.lax.axis_index("warpgroup")
-    group, start, size = group_v[v], start_v[v], size_v[v]
-    steps = jnp.where((real_v[v] == 1) & (size > 0), steps, 0)
+    group, start = group_v[v], pl.multiple_of(start_v[v], EIGHT)
+    first, end = first_v[v], end_v[v]
+    steps = jnp.where((real_v[v] == 1) & (end > first), steps, 0)
 
     @pl.when(own == GROUPS)
     def _():
@@ -149,21 +151,22 @@ def _rows_block(
         # Two warpgroups share the rows of a tile, or its outputs.
         share = tiles.rows == ROWS
         wide = tiles.outputs // GROUPS if share else tiles.outputs
-        first_row, column = (0, own * wide) if share else (own * ROWS, 0)
+        first_row = 0 if share else pl.multiple_of(own * ROWS, ROWS)
+        column = pl.multiple_of(own * wide, wide) if share else 0
 
         def multiply(acc, stage, _):
             at = pl.ds(column, wide)
             w = ws.at[stage, at].T if transposed else ws.at[stage, :, at]
             plgpu.wgmma(acc, xs.at[stage, pl.ds(first_row, ROWS)], w)
 
-        mine = jnp.clip(size - first_row, 0, ROWS)
+        mine = [jnp.clip(row - first_row, 0, ROWS) for row in (first, end)]
         total = summed((ROWS, wide), multiply, steps, stages, ready, free)
         for at in range(0, wide, ROWS):
             ys[own] = total[:, at : at + ROWS].astype(jnp.bfloat16)
             plgpu.commit_smem()
             outputs = pl.ds(first_output + column + at, ROWS)
             store_rows(
-                ys.at[own], lambda rows, outputs=outputs: y_tf.at[rows, outputs], start + first_row, mine
+                ys.at[own], lambda rows, outputs=outputs: y_tf.at[rows, outputs], start + first_row, *mine
             )
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.wait_smem_to_gmem(0)
@@ -203,13 +206,14 @@ def _matrices_block(start_e, end_e, x_td, dy_tf, dw_edf, *, xs, dys, dws, ready,
     """One tile of one group's matrix; each warpgroup sums its half of the rows of the tile."""
     group, own = jax.lax.axis_index("group"), jax.lax.axis_index("warpgroup")
     first_d, first_f = jax.lax.axis_index("d") * (GROUPS * ROWS), jax.lax.axis_index("f") * wide
-    start, end = start_e[group], end_e[group]
-    steps = jax.lax.div(end - start + (DEPTH - 1), jnp.int32(DEPTH))
+    first, end = start_e[group], end_e[group]
+    start = pl.multiple_of(jax.lax.div(first, jnp.int32(EIGHT)) * EIGHT, EIGHT)
+    steps = jnp.where(end > first, jax.lax.div(end - start + (DEPTH - 1), jnp.int32(DEPTH)), 0)
 
     @pl.when(own == GROUPS)
     def _():
         def load(step, stage):
-            rows = pl.ds(start + step * DEPTH, DEPTH)
+            rows = pl.ds(pl.multiple_of(start + step * DEPTH, EIGHT), DEPTH)
             plgpu.copy_gmem_to_smem(
                 x_td.at[rows, pl.ds(first_d, GROUPS * ROWS)], xs.at[stage], ready.at[stage]
             )
@@ -220,16 +224,17 @@ def _matrices_block(start_e, end_e, x_td, dy_tf, dw_edf, *, xs, dys, dws, ready,
     @pl.when(own < GROUPS)
     def _():
         plgpu.set_max_registers(REGISTERS, action="increase")
-        column = own * ROWS
+        column = pl.multiple_of(own * ROWS, ROWS)
 
         def multiply(acc, stage, step):
             x = xs.at[stage, :, pl.ds(column, ROWS)]
-            left = end - start - step * DEPTH
+            at = start + step * DEPTH
 
-            @pl.when(left < DEPTH)
+            @pl.when((at < first) | (at + DEPTH > end))
             def _():
-                row = plgpu.broadcasted_iota(jnp.int32, (DEPTH, ROWS), 0, layout=plgpu.Layout.WGMMA)
-                x[...] = jnp.where(row < left, plgpu.load(x, layout=plgpu.Layout.WGMMA), 0).astype(x.dtype)
+                row = plgpu.broadcasted_iota(jnp.int32, (DEPTH, ROWS), 0, layout=plgpu.Layout.WGMMA) + at
+                own_rows = (row >= first) & (row < end)
+                x[...] = jnp.where(own_rows, plgpu.load(x, layout=plgpu.Layout.WGMMA), 0).astype(x.dtype)
                 plgpu.commit_smem()
 
             plgpu.wgmma(acc, x.T, dys.at[stage])

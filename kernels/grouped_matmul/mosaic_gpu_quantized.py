@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from maxstack.kernels.grouped_matmul.mosaic_gpu_tile import load_stages, store_rows
-from maxstack.kernels.grouped_matmul.visits import own_tiles
+from maxstack.kernels.grouped_matmul.visits import EIGHT, own_tiles
 from maxstack.kernels.quantized_matmul.mosaic_gpu import (
     GROUPS,
     INPUTS,
@@ -27,7 +27,7 @@ from maxstack.kernels.quantized_matmul.mosaic_gpu import (
 )
 from maxstack.kernels.quantized_matmul.weight import QuantizedWeight
 
-FEWEST_ROWS, MOST_ROWS = 8, 64
+FEWEST_ROWS, MOST_ROWS = 16, 64
 """Of a tile."""
 WORTH_ROWS = 256
 """Groups of more rows than this (the mean) multiply a matrix in bfloat16 that is made once."""
@@ -40,7 +40,8 @@ def rows(
     by way of shared memory, for the interpreter, which knows no operands in registers; nothing else differs."""
     count, groups = x_td.shape[0], len(group_sizes_e)
     mean = -(-count // groups)
-    size = min(MOST_ROWS, max(FEWEST_ROWS, 1 << (mean - 1).bit_length()))
+    # A group may begin up to seven rows behind its tile.
+    size = min(MOST_ROWS, max(FEWEST_ROWS, 1 << (mean + EIGHT - 2).bit_length()))
     spans = own_tiles(group_sizes_e, count, size)
     x_td = jnp.pad(x_td, ((0, -count % 8), (0, 0)))
     steps = w.inputs // INPUTS
@@ -75,18 +76,19 @@ def rows(
         thread_name="warpgroup",
         scratch_types=scratch,
         kernel_name="grouped_matmul_quantized",
-    )(*spans[:3], spans.real_v.astype(jnp.int32), x_td, w.values, scales)
+    )(*spans[:4], spans.real_v.astype(jnp.int32), x_td, w.values, scales)
     return y_tf[:count]
 
 
 def _block(
-    group_v, start_v, size_v, real_v, x_td, w_efd, s_ekgf, y_tf,
+    group_v, start_v, first_v, end_v, real_v, x_td, w_efd, s_ekgf, y_tf,
     *, ws, xs, ss, ys, ready, free, wide: Any = None, size, steps, stages, each, grouped,
 ):  # fmt: skip
     """One block: GROUPS warpgroups multiply, the last one loads."""
     n, v, own = (jax.lax.axis_index(name) for name in ("n", "v", "warpgroup"))
-    group, start, many = group_v[v], start_v[v], size_v[v]
-    steps = jnp.where((real_v[v] == 1) & (many > 0), steps, 0)
+    group, start = group_v[v], pl.multiple_of(start_v[v], EIGHT)
+    first, end = first_v[v], end_v[v]
+    steps = jnp.where((real_v[v] == 1) & (end > first), steps, 0)
 
     @pl.when(own == GROUPS)
     def _():
@@ -104,7 +106,7 @@ def _block(
     @pl.when(own < GROUPS)
     def _():
         plgpu.set_max_registers(REGISTERS, action="increase")
-        mine = pl.ds(own * ROWS, ROWS)
+        mine = pl.ds(pl.multiple_of(own * ROWS, ROWS), ROWS)
         total = plgpu.layout_cast(jnp.zeros((ROWS, size), jnp.float32), plgpu.Layout.WGMMA)
 
         def multiply(step, total):
@@ -140,5 +142,5 @@ def _block(
         turned = ys.at[own].T
         turned[...] = total.astype(ys.dtype)
         plgpu.commit_smem()
-        store_rows(ys.at[own], lambda at: y_tf.at[at, outputs], start, many)
+        store_rows(ys.at[own], lambda at: y_tf.at[at, outputs], start, first, end)
         plgpu.wait_smem_to_gmem(0)

@@ -1,7 +1,5 @@
 """What the Hopper kernels of grouped products share: stages that are loaded and summed, rows that are stored."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -48,11 +46,10 @@ def summed(shape: tuple[int, int], multiply, steps, stages: int, ready, free) ->
     return pl.run_scoped(all_steps, plgpu.ACC(shape, jnp.float32))
 
 
-def store_rows(block, to, start, size) -> None:
-    """The first `size` rows of a block to rows from `start` on: a run for each bit of `size`, for TMA knows only
-    runs whose length is fixed beforehand."""
-    done: Any = 0
-    run = block.shape[0]
+def store_rows(block, to, start, first, end) -> None:
+    """Rows [first, end) of a block, which lie from `start` + `first` on: a run for each bit of how many they are, for
+    TMA knows only runs whose length is fixed beforehand."""
+    size, done, run = end - first, first, block.shape[0]
     while run:
         part = size & run
 
@@ -60,5 +57,4 @@ def store_rows(block, to, start, size) -> None:
         def _(done=done, run=run):
             plgpu.copy_smem_to_gmem(block.at[pl.ds(done, run)], to(pl.ds(start + done, run)))
 
-        done += part
-        run //= 2
+        done, run = done + part, run // 2

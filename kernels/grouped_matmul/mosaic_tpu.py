@@ -274,7 +274,8 @@ def _each_part(rows: int, part: int, first, end, work: Callable) -> None:
         def one(i, _):
             work(pl.multiple_of(i * part, part), part, True)
 
-        jax.lax.fori_loop(first // part, (end + part - 1) // part, one, None)
+        of_parts = [jax.lax.div(row, jnp.int32(part)) for row in (first, end + part - 1)]
+        jax.lax.fori_loop(*of_parts, one, None)
 
 
 def matrices(
@@ -332,7 +333,7 @@ def _matrices_kernel(
     v = pl.program_id(2)
     first, end, mark = first_ref[v], end_ref[v], mark_ref[v]
 
-    @pl.when(mark % 2 == 1)
+    @pl.when((mark & 1) != 0)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
@@ -348,6 +349,6 @@ def _matrices_kernel(
 
     _each_part(x_ref.shape[0], part, first, end, work)
 
-    @pl.when(mark >= 2)
+    @pl.when((mark & 2) != 0)
     def _():
         dw_ref[...] = sum_ref[...].astype(dw_ref.dtype)

@@ -46,30 +46,37 @@ def of_groups(group_sizes_e: Int[Array, "e"], rows: int, tile: int) -> Visits:
 
 
 class Spans(NamedTuple):
-    """Tiles that begin where groups do, then some without rows."""
+    """Tiles that begin where groups do, or a few rows before, then some without rows."""
 
     group_v: Int[Array, "v"]
     start_v: Int[Array, "v"]
-    """First row."""
-    size_v: Int[Array, "v"]
-    """Rows, at most a tile."""
+    """First row of the tile, a multiple of EIGHT."""
+    first_v: Int[Array, "v"]
+    """First row of the group within the tile."""
+    end_v: Int[Array, "v"]
+    """Row of the tile behind the group's last one."""
     real_v: Bool[Array, "v"]
     """Whether the rows belong to a group."""
+
+
+EIGHT = 8
+"""Rows of a tile in shared memory as TMA fills it: from such a row on it can begin."""
 
 
 def own_tiles(group_sizes_e: Int[Array, "e"], rows: int, tile: int) -> Spans:
     """Every row once, rows of no group too."""
     end_g = jnp.append(jnp.minimum(jnp.cumsum(group_sizes_e.astype(jnp.int32)), rows), rows)
     start_g = jnp.concatenate([jnp.zeros_like(end_g[:1]), end_g[:-1]])
-    many_g = (end_g - start_g + tile - 1) // tile
+    first_g = start_g // EIGHT * EIGHT
+    many_g = jnp.where(end_g > start_g, (end_g - first_g + tile - 1) // tile, 0)
     behind_g = jnp.cumsum(many_g)
-    # Each of n groups with rows has fewer than `tile` of them in its last one.
-    v = jnp.arange((rows + min(len(end_g), rows) * (tile - 1)) // tile)
+    # Each group with rows begins up to seven rows late, and has fewer than `tile` rows in its last tile.
+    v = jnp.arange((rows + min(len(end_g), rows) * (EIGHT - 1 + tile - 1)) // tile)
     g = jnp.minimum(jnp.sum(v[:, None] >= behind_g[None], 1), len(end_g) - 1)
-    start_v = jnp.minimum(start_g[g] + (v - (behind_g - many_g)[g]) * tile, rows)
-    size_v = jnp.where(v < behind_g[-1], jnp.clip(end_g[g] - start_v, 0, tile), 0)
+    start_v = jnp.where(v < behind_g[-1], first_g[g] + (v - (behind_g - many_g)[g]) * tile, 0)
+    inside = [jnp.where(v < behind_g[-1], jnp.clip(at[g] - start_v, 0, tile), 0) for at in (start_g, end_g)]
     group_v = jnp.minimum(g, len(end_g) - 2)
-    return Spans(*(a.astype(jnp.int32) for a in (group_v, start_v, size_v)), real_v=g < len(end_g) - 1)
+    return Spans(*(a.astype(jnp.int32) for a in (group_v, start_v, *inside)), real_v=g < len(end_g) - 1)
 
 
 def _visits(end_g: jax.Array, tiles: int, tile: int, *, groups: int, least: int) -> Visits:

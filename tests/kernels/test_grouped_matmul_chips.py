@@ -70,10 +70,11 @@ def test_every_row_is_visited_once_with_its_group(cut):
     np.testing.assert_array_equal(of_groups.opens_v[: len(groups)], changes)
     np.testing.assert_array_equal(of_groups.closes_v[: len(groups)], np.append(changes[1:], True))
     seen = np.full(rows, -1)
-    for group, start, size, real in zip(own.group_v, own.start_v, own.size_v, own.real_v, strict=True):
-        seen[start : start + size] = group if real else -1
+    for group, start, first, end, real in zip(*own, strict=True):
+        assert start % 8 == 0
+        seen[start + first : start + end] = group if real else -1
     np.testing.assert_array_equal(seen, owners(sizes, rows))
-    assert own.size_v.sum() == rows
+    assert (own.end_v - own.first_v).sum() == rows
 
 
 def drawn(*shape: int, seed: int = 0, dtype=jnp.bfloat16) -> jax.Array:
@@ -230,14 +231,14 @@ def decoding(chip: str, model: str, rows: int, kind: str, down: bool = False):
 
 
 def kernels_of(compiled) -> list[str]:
-    return re.findall(r"tpu_custom_call|mosaic_gpu", str(compiled.as_text()))
+    return re.findall(r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*)"', str(compiled.as_text()))
 
 
 @needs_libtpu
 @pytest.mark.parametrize("chip", ["v5e", "v7x"])
 def test_tpu_training_programs_hold_three_kernels_and_no_copy_of_the_weights(chip):
     compiled = training(chip, "Qwen3-30B-A3B", 65_536)
-    assert len(kernels_of(compiled)) >= 3
+    assert len(kernels_of(compiled)) == 3
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * 128 * 2048 * 768
 
 
@@ -257,7 +258,7 @@ def spilled(told: str) -> list[int]:
 @needs_cuda_compiler
 def test_hopper_programs_hold_the_kernels_and_spill_nothing(monkeypatch, capfd):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    assert len(kernels_of(training("h200", "Qwen3-30B-A3B", 65_536))) >= 3
+    assert len(kernels_of(training("h200", "Qwen3-30B-A3B", 65_536))) == 3
     assert kernels_of(decoding("h200", "Qwen3-30B-A3B", 64, "int4-g128"))
     told = "".join(capfd.readouterr())
     assert not any(spilled(told)), told
