@@ -13,8 +13,8 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8, Int32, Shaped,
 from maxstack.kernels.cpu_native.build import PREFIX, problem
 
 __all__ = [
-    "MOST_ROWS", "available", "cached_attention", "int4_product", "int8_product", "paged_attention", "problem",
-    "rows_product", "write_rows",
+    "MOST_ROWS", "available", "cached_attention", "grouped_int4_product", "grouped_int8_product", "int4_product",
+    "int8_product", "paged_attention", "problem", "rows_product", "write_rows",
 ]  # fmt: skip
 
 MOST_ROWS = 16
@@ -49,6 +49,25 @@ def int4_product(
     out = jax.ShapeDtypeStruct((x_tk.shape[0], w_nj.shape[0]), jnp.float32)
     zero = jnp.zeros((0,), jnp.bfloat16) if zero_gn is None else zero_gn
     return jax.ffi.ffi_call(PREFIX + "int4_product", out)(x_tk, w_nj, scale_gn, zero, group=np.int64(group))
+
+
+def grouped_int8_product(
+    x_tk: Float32[Array, "t k"], w_enk: Int8[Array, "e n k"], scale_e1n: Float32[Array, "e 1 n"],
+    sizes_e: Int32[Array, "e"],
+) -> Float32[Array, "t n"]:  # fmt: skip
+    """Each of few rows, sorted by group, times the matrix of its group; rows of no group give 0."""
+    out = jax.ShapeDtypeStruct((x_tk.shape[0], w_enk.shape[1]), jnp.float32)
+    return jax.ffi.ffi_call(PREFIX + "grouped_int8_product", out)(x_tk, w_enk, scale_e1n, sizes_e)
+
+
+def grouped_int4_product(
+    x_tk: Float32[Array, "t k"], w_enj: UInt8[Array, "e n j"], scale_egn: BFloat16[Array, "e g n"],
+    sizes_e: Int32[Array, "e"], *, group: int,
+) -> Float32[Array, "t n"]:  # fmt: skip
+    """The same with two values a byte, and scales for groups of 32 or 128 inputs."""
+    out = jax.ShapeDtypeStruct((x_tk.shape[0], w_enj.shape[1]), jnp.float32)
+    call = jax.ffi.ffi_call(PREFIX + "grouped_int4_product", out)
+    return call(x_tk, w_enj, scale_egn, sizes_e, group=np.int64(group))
 
 
 def cached_attention(

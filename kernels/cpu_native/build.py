@@ -29,7 +29,8 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 # numbers to 0 in all that it does, numpy included.
 LINK = ("-shared",)
 NAMES = (
-    "rows_product", "cached_attention", "int8_product", "int4_product", "paged_attention", "write_rows",
+    "rows_product", "cached_attention", "int8_product", "int4_product", "grouped_int8_product", "grouped_int4_product",
+    "paged_attention", "write_rows",
 )  # fmt: skip
 PREFIX = "maxstack_"
 SECONDS = 120.0

@@ -16,6 +16,18 @@ namespace {
 constexpr int64_t kPieceBytes = 1 << 15;   // of weights: some microseconds
 constexpr int64_t kCachedBytes = 3 << 13;  // of activations: most of a first cache
 
+// product(group, first row, rows) of each group that has rows; rows of no group give 0.
+template <typename Product>
+void each_group(const int32_t* sizes, int64_t groups, int64_t rows, int64_t n, float* y, Product product) {
+  int64_t start = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    int64_t own = std::clamp<int64_t>(sizes[g], 0, rows - start);
+    if (own > 0) product(g, start, own);
+    start += own;
+  }
+  std::fill(y + start * n, y + rows * n, 0.0f);
+}
+
 }  // namespace
 
 // x [t, k], w [n, k], scale [1, n] -> y [t, n] = x (w scale)^T
@@ -23,6 +35,20 @@ static ffi::Error Int8Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi
                               ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> y) {
   few_rows<int8_t>(pool, x.typed_data(), w.typed_data(), scale.typed_data(), y->typed_data(), x.dimensions()[0],
                    x.dimensions()[1], w.dimensions()[0], kPieceBytes);
+  return ffi::Error::Success();
+}
+
+// x [t, k] sorted by group, w [e, n, k], scale [e, 1, n], sizes [e] -> y [t, n], each row with its group's matrix
+static ffi::Error GroupedInt8Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> w,
+                                     ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> sizes,
+                                     ffi::ResultBuffer<ffi::F32> y) {
+  int64_t rows = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[1];
+  const float *xp = x.typed_data(), *sp = scale.typed_data();
+  const int8_t* wp = w.typed_data();
+  float* yp = y->typed_data();
+  each_group(sizes.typed_data(), w.dimensions()[0], rows, n, yp, [&](int64_t g, int64_t start, int64_t own) {
+    few_rows<int8_t>(pool, xp + start * k, wp + g * n * k, sp + g * n, yp + start * n, own, k, n, kPieceBytes);
+  });
   return ffi::Error::Success();
 }
 
@@ -233,6 +259,47 @@ static ffi::Error Int4Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi
     return ffi::Error::InvalidArgument("int4_product: groups of 32 or 128");
   return ffi::Error::Success();
 }
+
+// The same with w [e, n, ceil(k / 2)], two values a byte, and scale [e, ceil(k / group), n]
+static ffi::Error GroupedInt4Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> w,
+                                     ffi::Buffer<ffi::BF16> scale, ffi::Buffer<ffi::S32> sizes,
+                                     ffi::ResultBuffer<ffi::F32> y, int64_t group) {
+  int64_t rows = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[1], scales = scale.dimensions()[1] * n;
+  const float* xp = x.typed_data();
+  const uint8_t* wp = w.typed_data();
+  const auto* sp = reinterpret_cast<const uint16_t*>(scale.untyped_data());
+  float* yp = y->typed_data();
+  if (group != 32 && group != 128)
+    return ffi::Error::InvalidArgument("grouped_int4_product: groups of 32 or 128");
+  each_group(sizes.typed_data(), w.dimensions()[0], rows, n, yp, [&](int64_t g, int64_t start, int64_t own) {
+    Int4 s{own, k, n, (k + kChunk - 1) / kChunk, (k + 1) / 2, 0, 0, 0};
+    const uint8_t* of_group = wp + g * n * s.bytes;
+    if (group == 32)
+      int4_pieces<32, false>(pool, s, xp + start * k, of_group, sp + g * scales, nullptr, yp + start * n);
+    else
+      int4_pieces<128, false>(pool, s, xp + start * k, of_group, sp + g * scales, nullptr, yp + start * n);
+  });
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_int8_product, GroupedInt8Product,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_int4_product, GroupedInt4Product,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("group"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(int8_product, Int8Product,
                               ffi::Ffi::Bind()

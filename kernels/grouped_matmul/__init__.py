@@ -7,19 +7,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from maxstack.kernels import Unsupported
-from maxstack.kernels.dispatch import choose
-from maxstack.kernels.grouped_matmul import reference, xla
-from maxstack.kernels.sharded import explicit_mesh
+from maxstack.kernels.dispatch import chip, choose, only_on
+from maxstack.kernels.grouped_matmul import mosaic_gpu, mosaic_tpu, native, reference
+from maxstack.kernels.grouped_matmul.derivative import product
+from maxstack.kernels.quantized_matmul.weight import QuantizedWeight
+from maxstack.kernels.sharded import explicit_mesh, varying, varying_over
 
-Implementation = Literal["auto", "xla", "reference", "mosaic_gpu", "mosaic_tpu"]
-_NOT_BUILT = "it is not built yet; 'xla' serves the call"
-BACKENDS = {"xla": None, "reference": None, "mosaic_gpu": _NOT_BUILT, "mosaic_tpu": _NOT_BUILT}
-NAMED_ONLY = ("reference", "mosaic_gpu", "mosaic_tpu")
+NAME = "grouped_matmul"
+Implementation = Literal["auto", "mosaic_tpu", "mosaic_gpu", "cpu_native", "xla", "reference"]
 
 
 def grouped_matmul(
     x_td: Float[Array, "t d"],
-    w_edf: Float[Array, "e d f"],
+    w_edf: Float[Array, "e d f"] | QuantizedWeight,
     group_sizes_e: Int[Array, "e"],
     *,
     implementation: Implementation = "auto",
@@ -32,44 +32,94 @@ def grouped_matmul(
     compiles nothing anew.
 
     Products are summed in float32 (float64 for float64) and returned in the dtype of `x_td`; so are gradients, each
-    in its array's dtype. Differentiable in reverse mode. "xla", also the choice of "auto", takes the form that suits
-    the platform it is compiled for: `xla` says which.
+    in its array's dtype. Differentiable in reverse mode. Weights of 8 or 4 bits are a QuantizedWeight of [e, f, d],
+    one matrix [outputs, inputs] a group; they are frozen, and the gradient is that of `x_td`.
 
     Works on local arrays: on a mesh with explicit axes call it inside `jax.shard_map`. Raises ValueError for shapes
-    that disagree, TypeError for dtypes, Unsupported for arrays on such a mesh and for backends that are not there.
+    that disagree, TypeError for dtypes, Unsupported for arrays on such a mesh and when the named implementation
+    cannot serve the call.
     """
-    taken = choose("grouped_matmul", implementation, BACKENDS, named_only=NAMED_ONLY)
     _check(x_td, w_edf, group_sizes_e)
-    run = reference.grouped_matmul if taken == "reference" else xla.grouped_matmul
-    return run(x_td, w_edf, group_sizes_e)
+    backends = declined(x_td, w_edf, group_sizes_e)
+    taken = choose(NAME, implementation, backends, named_only=("reference",))
+    if taken == "reference":
+        return reference.grouped_matmul(x_td, w_edf, group_sizes_e)
+    # Inside `jax.shard_map` all vary over the same mesh axes: loops and kernels want it, and a shared matrix's gradient
+    # is then summed over the devices by the transpose of this cast, outside of the custom derivative.
+    arrays = (x_td, w_edf, group_sizes_e)
+    x_td, w_edf, group_sizes_e = varying_over(
+        frozenset().union(*map(varying, jax.tree.leaves(arrays))), arrays
+    )
+    if x_td.shape[0] == 0:
+        outputs = w_edf.outputs if isinstance(w_edf, QuantizedWeight) else w_edf.shape[2]
+        return varying_over(varying(x_td), jnp.zeros((0, outputs), x_td.dtype))
+    return product(taken, x_td, w_edf, group_sizes_e)
 
 
-def _check(x_td: jax.Array, w_edf: jax.Array, group_sizes_e: jax.Array) -> None:
+def declined(x_td: Array, w: Array | QuantizedWeight, group_sizes_e: Array) -> dict[str, str | None]:
+    """The backends, best first, each with why it cannot serve this call."""
+    return {
+        "mosaic_tpu": only_on("tpu") or mosaic_tpu.declined(x_td, w, group_sizes_e),
+        "mosaic_gpu": only_on("gpu") or hopper() or mosaic_gpu.declined(x_td, w),
+        "cpu_native": only_on("cpu") or native.declined(x_td, w, group_sizes_e),
+        "xla": None,
+        "reference": None,
+    }
+
+
+def hopper() -> str | None:
+    """Why the Hopper kernels cannot run here."""
+    here = chip().name
+    return None if here.startswith("sm90") else f"it is written for Hopper (sm90), and this is {here}"
+
+
+def _check(x_td: jax.Array, w_edf: jax.Array | QuantizedWeight, group_sizes_e: jax.Array) -> None:
+    quantized = isinstance(w_edf, QuantizedWeight)
+    if quantized:
+        _check_quantized(w_edf)
     for name, array, ndim in (
         ("x [t, d]", x_td, 2),
-        ("w [e, d, f]", w_edf, 3),
+        ("w [e, d, f]", w_edf.values if quantized else w_edf, 3),
         ("sizes [e]", group_sizes_e, 1),
     ):
         if array.ndim != ndim:
             raise ValueError(f"grouped_matmul: {name} must have {ndim} dimensions, not {array.shape}")
-    if x_td.shape[1] != w_edf.shape[1]:
-        raise ValueError(
-            f"grouped_matmul: x has width {x_td.shape[1]}, w {w_edf.shape} takes {w_edf.shape[1]}"
-        )
+    inputs = w_edf.inputs if quantized else w_edf.shape[1]
+    if x_td.shape[1] != inputs:
+        raise ValueError(f"grouped_matmul: x has width {x_td.shape[1]}, w {w_edf.shape} takes {inputs}")
     if group_sizes_e.shape[0] != w_edf.shape[0]:
         raise ValueError(
             f"grouped_matmul: {group_sizes_e.shape[0]} group sizes and {w_edf.shape[0]} matrices; they must agree"
         )
     if not jnp.issubdtype(x_td.dtype, jnp.floating):
         raise TypeError(f"grouped_matmul: x must be floating-point, not {x_td.dtype}")
-    if x_td.dtype != w_edf.dtype:
+    if quantized and x_td.dtype not in (jnp.bfloat16, jnp.float32):
+        raise TypeError(f"grouped_matmul: x must be bfloat16 or float32 for packed weights, not {x_td.dtype}")
+    if not quantized and x_td.dtype != w_edf.dtype:
         raise TypeError(
             f"grouped_matmul: x is {x_td.dtype} and w {w_edf.dtype}; cast one of them where it is seen"
         )
     if not jnp.issubdtype(group_sizes_e.dtype, jnp.integer):
         raise TypeError(f"grouped_matmul: group sizes must be integers, not {group_sizes_e.dtype}")
-    if explicit_mesh(x_td, w_edf, group_sizes_e) is not None:
-        cut = ", ".join(str(jax.typeof(a)) for a in (x_td, w_edf, group_sizes_e))
+    leaves = jax.tree.leaves((x_td, w_edf, group_sizes_e))
+    if explicit_mesh(*leaves) is not None:
+        cut = ", ".join(str(jax.typeof(a)) for a in leaves)
         raise Unsupported(
             f"grouped_matmul: {cut} lie on a mesh; call it inside jax.shard_map, on local arrays"
+        )
+
+
+def _check_quantized(w: QuantizedWeight) -> None:
+    groups = -(-w.inputs // w.group)
+    for name, array in (("scale", w.scale), ("zero", w.zero)):
+        if array is not None and array.shape != (*w.shape[:-2], groups, w.outputs):
+            raise ValueError(
+                f"grouped_matmul: {name} has shape {array.shape}; {w.inputs} inputs in groups of {w.group} and "
+                f"{w.outputs} outputs want {(*w.shape[:-2], groups, w.outputs)}"
+            )
+    width = -(-w.inputs // 2) if w.values.dtype == jnp.uint8 else w.inputs
+    if w.values.dtype not in (jnp.int8, jnp.int4, jnp.uint8) or w.values.shape[-1] != width:
+        raise ValueError(
+            f"grouped_matmul: values are {w.values.dtype} {w.values.shape}; {w.inputs} inputs are int8 or int4 "
+            f"[e, f, {w.inputs}], or uint8 [e, f, {-(-w.inputs // 2)}]"
         )

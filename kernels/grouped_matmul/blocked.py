@@ -21,17 +21,23 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from maxstack.kernels import tiles
+from maxstack.kernels.grouped_matmul.quantized import of_group
+from maxstack.kernels.quantized_matmul.weight import QuantizedWeight, dequantize
+from maxstack.kernels.sharded import varying
 
 MOST_ROWS = 128
 """Rows a block at most; 256 were slower, and waste more on the last block of each group."""
 
 
 def rows(
-    x_td: Float[Array, "t d"], w_edf: Array, group_sizes_e: Int[Array, "e"], transposed: bool = False
-) -> Float[Array, "t f"]:
-    """Each row times the matrix of its group (`w_edf` is [e, f, d] if `transposed`); rows of no group give 0."""
+    x_td: Float[Array, "t d"], w: Array | QuantizedWeight, group_sizes_e: Int[Array, "e"], transposed: bool = False
+) -> Float[Array, "t f"]:  # fmt: skip
+    """Each row times the matrix of its group (`w` is [e, f, d] if either `transposed` or quantized); rows of no group
+    give 0."""
     wide = jnp.promote_types(x_td.dtype, jnp.float32)
-    equation = "bd,fd->bf" if transposed else "bd,df->bf"
+    quantized = isinstance(w, QuantizedWeight)
+    turned = transposed != quantized
+    equation = "bd,fd->bf" if turned else "bd,df->bf"
     block = _rows_a_block(x_td, group_sizes_e)
 
     def product(w_df, y_tf, first, end):
@@ -43,10 +49,10 @@ def rows(
 
     def group(e, blocks, y_tf):
         # XLA:CPU multiplies float32 faster than bfloat16. One matrix is widened at a time, once for all its blocks.
-        w_df = w_edf[e].astype(wide)
+        w_df = dequantize(of_group(w, e), wide) if quantized else w[e].astype(wide)
         return blocks(lambda y_tf, first, end: product(w_df, y_tf, first, end), y_tf)
 
-    y_tf = _zeros((x_td.shape[0], w_edf.shape[1 if transposed else 2]), x_td.dtype, x_td)
+    y_tf = _zeros((x_td.shape[0], w.shape[1 if turned else 2]), x_td.dtype, x_td)
     return _over_groups(group, y_tf, group_sizes_e, x_td.shape[0], block)
 
 
@@ -117,8 +123,3 @@ def _block(a: Array, first: Array, end: Array, block: int) -> tuple[Array, Array
 def _zeros(shape: tuple[int, ...], dtype: DTypeLike, like: Array) -> Array:
     """Zeros that vary over the same mesh axes as `like`, as the carry of a loop must."""
     return jax.lax.pcast(jnp.zeros(shape, dtype), tuple(sorted(varying(like))), to="varying")
-
-
-def varying(array: Array) -> frozenset[str]:
-    """Mesh axes an array differs along inside `jax.shard_map`, as far as its type tells; else none."""
-    return jax.typeof(array).manual_axis_type.varying

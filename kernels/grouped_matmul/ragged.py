@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from maxstack.kernels.grouped_matmul.quantized import whole
+from maxstack.kernels.quantized_matmul.weight import QuantizedWeight
+
 BY_GROUP = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
@@ -11,10 +14,13 @@ BY_GROUP = jax.lax.RaggedDotDimensionNumbers(
 
 
 def rows(
-    x_td: Float[Array, "t d"], w_edf: Array, group_sizes_e: Int[Array, "e"], transposed: bool = False
-) -> Float[Array, "t f"]:
-    """Each row times the matrix of its group (`w_edf` is [e, f, d] if `transposed`); rows of no group give 0."""
-    w_edf = jnp.swapaxes(w_edf, 1, 2) if transposed else w_edf
+    x_td: Float[Array, "t d"], w: Array | QuantizedWeight, group_sizes_e: Int[Array, "e"], transposed: bool = False
+) -> Float[Array, "t f"]:  # fmt: skip
+    """Each row times the matrix of its group (`w` is [e, f, d] if either `transposed` or quantized); rows of no group
+    give 0. Of quantized weights all matrices are made in full."""
+    if isinstance(w, QuantizedWeight):
+        w, transposed = whole(w, x_td.dtype), not transposed
+    w_edf = jnp.swapaxes(w, 1, 2) if transposed else w
     wide = jnp.promote_types(x_td.dtype, jnp.float32)
     y_tf = jax.lax.ragged_dot(x_td, w_edf, group_sizes_e, preferred_element_type=wide)
     # What ragged_dot leaves in rows of no group is not documented.

@@ -187,19 +187,66 @@ def quantized_matmul_cases() -> Iterator[Case]:
 
 
 def grouped_matmul_cases() -> Iterator[Case]:
-    """The first product of a mixture of experts, tokens sorted by expert."""
+    """The first product of a mixture of experts, tokens sorted by expert: of a training step, with its gradients, and
+    of a decoding step with packed weights, beside the same with weights as they were."""
     rows, width, inner, experts = (4096, 512, 1024, 8) if small() else (65_536, 4096, 1536, 64)
-    random = np.random.default_rng(0)
-    sizes = jnp.asarray(random.multinomial(rows, np.full(experts, 1 / experts)), jnp.int32)
+    sizes = spread(rows, experts)
 
-    def call(function: Callable) -> Prepared:
+    def forward(function: Callable) -> Prepared:
         return prepared(function, values(0, rows, width), values(1, experts, width, inner), sizes)
 
-    yield Case(
-        kernel="grouped matmul", shape=f"{rows:,} rows in {experts} groups, {width:,} to {inner:,}",
-        flops=2.0 * rows * width * inner,
-        contenders={"ours": partial(call, grouped_matmul), "ragged_dot": partial(call, jax.lax.ragged_dot)},
-    )  # fmt: skip
+    def backward(function: Callable) -> Prepared:
+        weights = values(2, rows, inner)
+
+        def loss(x, w, sizes):
+            return jnp.sum((function(x, w, sizes) * weights).astype(jnp.float32))
+
+        return prepared(
+            jax.grad(loss, (0, 1)), values(0, rows, width), values(1, experts, width, inner), sizes
+        )
+
+    for name, call, products in (("", forward, 1), (" forward and backward", backward, 3)):
+        yield Case(
+            kernel=f"grouped matmul{name}", shape=f"{rows:,} rows in {experts} groups, {width:,} to {inner:,}",
+            flops=2.0 * products * rows * width * inner,
+            contenders={"ours": partial(call, grouped_matmul), "ragged_dot": partial(call, jax.lax.ragged_dot)},
+        )  # fmt: skip
+    yield from packed_experts_cases()
+
+
+def spread(rows: int, experts: int) -> jax.Array:
+    """How many rows each of some experts gets, all alike likely."""
+    random = np.random.default_rng(0)
+    return jnp.asarray(random.multinomial(rows, np.full(experts, 1 / experts)), jnp.int32)
+
+
+def packed_experts_cases() -> Iterator[Case]:
+    """Tokens of a decoding step, each with eight experts."""
+    tokens, width, inner, experts = (1, 1024, 512, 64) if small() else (32, 2048, 768, 128)
+    rows, wide_bytes = 8 * tokens, 4 if small() else 2
+    sizes = spread(rows, experts)
+    used = int((sizes > 0).sum())
+    storage: Any = "bytes" if small() else "int4"
+
+    def ours(kind: Any) -> Prepared:
+        pack = jax.jit(jax.vmap(partial(quantize, kind=kind, storage=storage)))
+        return prepared(grouped_matmul, values(0, rows, width), pack(values(1, experts, inner, width)), sizes)
+
+    def plain() -> Prepared:
+        return prepared(grouped_matmul, values(0, rows, width), values(1, experts, width, inner), sizes)
+
+    kinds: tuple[Any, ...] = tuple(KINDS)
+    for kind in kinds:
+        w = jax.eval_shape(partial(quantize, kind=kind), jax.ShapeDtypeStruct((inner, width), jnp.float32))
+        bits = 8 if kind == "int8" else 4
+        weight_bytes = width * inner * bits / 8 + w.scale.size * w.scale.dtype.itemsize
+        yield Case(
+            kernel=f"grouped matmul, {kind}",
+            shape=f"{rows} rows in {used} of {experts} groups, {width:,} to {inner:,}",
+            flops=2.0 * rows * width * inner,
+            bytes=used * weight_bytes + rows * (width + inner) * wide_bytes,
+            contenders={"ours": partial(ours, kind), "not quantized": plain},
+        )  # fmt: skip
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {

@@ -1,7 +1,7 @@
 """Mixture of experts without dropped tokens: route, sort tokens by expert, grouped products, put back."""
 
 import dataclasses
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 from maxstack import sharding
 from maxstack.config import UserError
 from maxstack.kernels.grouped_matmul import grouped_matmul
+from maxstack.kernels.quantized_matmul import QuantizedWeight
 from maxstack.models.feed_forward import ACTIVATIONS, Activation, Aux, FeedForwardConfig
 from maxstack.models.layers import Buffer, Weight, constant, operand, require, weight
+from maxstack.models.packed import PackedMatrix
 from maxstack.models.product import product
 
 
@@ -95,17 +97,21 @@ class MoEConfig:
 
 
 class Experts(NamedTuple):
-    """The arrays of the routed experts that products with tokens sorted by expert need."""
+    """The arrays of the routed experts that products with tokens sorted by expert need. In few bits a matrix lies the
+    other way around, [outputs, inputs]."""
 
-    gate_edf: Float[Array, "e d f"]
-    up_edf: Float[Array, "e d f"]
-    down_efd: Float[Array, "e f d"]
+    gate_edf: Float[Array, "e d f"] | QuantizedWeight
+    up_edf: Float[Array, "e d f"] | QuantizedWeight
+    down_efd: Float[Array, "e f d"] | QuantizedWeight
     gate_b_ef: Float[Array, "e f"] | None = None
     up_b_ef: Float[Array, "e f"] | None = None
 
 
 class MoE(nnx.Module):
     """`config` as a layer: [b, t, d] -> [b, t, d], with its losses and the load of each expert."""
+
+    matrices: ClassVar[tuple[str, ...]] = ("gate", "up", "down")
+    """Names of the routed experts' weights, which may be a PackedMatrix each."""
 
     def __init__(self, config: MoEConfig, key: jax.Array, width: int, residual_scale: float):
         keys = jax.random.split(key, 5)
@@ -133,13 +139,18 @@ class MoE(nnx.Module):
         chosen_btj, weights_btj, aux = self.route(x, real_bt)
         weights_btj = weights_btj.astype(x.dtype)
         offsets = [b[...] for b in (self.gate_b, self.up_b) if b is not None]
-        experts = Experts(self.gate[...], self.up[...], self.down[...], *offsets)
+        experts = Experts(*(self.matrix(name) for name in self.matrices), *offsets)
         y = run_experts(x, chosen_btj, weights_btj, experts, self.config)
         if self.down_b is not None:  # the chosen experts' last offsets: one product with the weights of all
             picked = jax.nn.one_hot(chosen_btj, self.config.experts, dtype=x.dtype)
             used_bte = jnp.einsum("btje,btj->bte", picked, weights_btj)
             y = y + product(used_bte, self.down_b[...], ("expert", "embed"))
         return (y if self.shared is None else y + self.shared_part(x)), aux
+
+    def matrix(self, name: str) -> Array | QuantizedWeight:
+        """The routed experts' weights `name`, as they are kept."""
+        w = getattr(self, name)
+        return w.weight if isinstance(w, PackedMatrix) else w[...]
 
     def shared_part(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """What the shared expert adds."""
@@ -214,9 +225,18 @@ def run_experts(
     def kind(w: Array) -> jnp.dtype:  # offsets are added in float32, and so are their gradients
         return x.dtype if w.ndim == 3 else jnp.dtype(jnp.float32)
 
+    def in_few_bits(w: Any) -> bool:
+        return isinstance(w, QuantizedWeight)
+
     if sharding.current_mesh() is None:
-        cast = jax.tree.map(lambda w: w.astype(kind(w)), experts)
+        cast = jax.tree.map(
+            lambda w: w if in_few_bits(w) else w.astype(kind(w)), experts, is_leaf=in_few_bits
+        )
         return local_experts(x, chosen, weights, cast, config=config)
+    if any(map(in_few_bits, experts)):
+        raise UserError(
+            "packed weights of experts are not cut over devices yet: run the model without a mesh"
+        )
     spec = jax.typeof(x).sharding.spec
     operands = (x, chosen, weights, experts)
 
@@ -242,7 +262,7 @@ def local_experts(x: Array, chosen: Array, weights: Array, experts: Experts, *, 
     sizes = jnp.bincount(flat, length=config.experts).astype(jnp.int32)
     sorted_x, of = x.reshape(tokens, d)[order // per_token], flat[order]
 
-    def inner(w_edf: Array, b_ef: Array | None) -> Array:
+    def inner(w_edf: Array | QuantizedWeight, b_ef: Array | None) -> Array:
         y = grouped_matmul(sorted_x, w_edf, sizes)
         return y if b_ef is None else y + b_ef[of]
 

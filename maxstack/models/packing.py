@@ -1,7 +1,8 @@
-"""Models whose linear layers hold weights of 8 or 4 bits, rounded to nearest: less memory, and less to read a token.
+"""Models whose linear layers and experts hold weights of 8 or 4 bits, rounded to nearest: less memory, and less to read
+a token.
 
-What stays as it is: token and position tables, norms, biases, routers, experts (whose products are grouped), and the
-matrices that multi-head latent attention uses whole. The output projection is held in int8 whatever the kind: its
+What stays as it is: token and position tables, norms, biases, routers, and the matrices that multi-head latent
+attention uses whole. The output projection is held in int8 whatever the kind: its
 error goes straight into the logits. Where it is the token table, that stays too, for looking tokens up.
 """
 
@@ -22,6 +23,7 @@ from maxstack.kernels.dispatch import chip
 from maxstack.kernels.quantized_matmul import KINDS, Kind, QuantizedWeight, Storage, quantize
 from maxstack.models import tree
 from maxstack.models.layers import Linear
+from maxstack.models.moe import MoE
 from maxstack.models.packed import ARRAYS, Packed, PackedLinear, PackedMatrix
 from maxstack.models.transformer import Transformer
 
@@ -57,6 +59,7 @@ class Packing:
         self.kind = kind
         self.storage: Storage = "bytes" if chip().platform == "cpu" else "int4"
         self.places = {f"{name}.w": place_of(name, linear, kind) for name, linear in linears(abstract)}
+        self.places |= {name: Place(name, kind, 2, 1) for name in experts(abstract)}
         self.places |= head_place(abstract)
         self.abstract: Transformer = jax.eval_shape(lambda model: packed_form(model, self), abstract)
         self.homes = None if mesh is None else homes_of(self.abstract, mesh)
@@ -91,7 +94,11 @@ class Packing:
                 )
             whole = arrays[0] if not stacked else np.stack(arrays).reshape(*stacked, *arrays[0].shape)
             found[f"{place.packed}.{name}"] = jnp.asarray(whole) if self.homes is None else whole
-        return found if self.homes is None else {key: jax.device_put(a, self.homes[key]) for key, a in found.items()}
+        return (
+            found
+            if self.homes is None
+            else {key: jax.device_put(a, self.homes[key]) for key, a in found.items()}
+        )
 
 
 def place_of(name: str, linear: Linear, kind: Kind) -> Place:
@@ -151,6 +158,14 @@ def linears(module: Any, name: str = "") -> Iterator[tuple[str, Linear]]:
             yield from linears(value, f"{name}.{part}" if name else part)
 
 
+def experts(module: Any, name: str = "") -> Iterator[str]:
+    """The dotted name of every weight of routed experts: a matrix [inputs, outputs] for each of them."""
+    if isinstance(module, MoE):
+        yield from (f"{name}.{matrix}" for matrix in MoE.matrices)
+    for part, value in parts(module):
+        yield from experts(value, f"{name}.{part}" if name else part)
+
+
 def parts(module: Any) -> Iterator[tuple[str, Any]]:
     """The modules that a module or a list of modules holds."""
     if isinstance(module, nnx.List):
@@ -198,13 +213,19 @@ def packed_form(model: Transformer, packing: Packing) -> Transformer:
         name: PackedLinear(linear, weight(linear.w[...], packing.places[f"{name}.w"]))
         for name, linear in linears(model)
     }
+    leaves = tree.leaves(model)
+    changes |= {
+        name: PackedMatrix(weight(leaves[name], packing.places[name]), ("expert", "whole", "whole"))
+        for name in experts(model)
+    }
     ((leaf, place),) = head_place(model).items()
-    changes["head"] = PackedMatrix(weight(tree.leaves(model)[leaf], place), ("vocab", "embed"))
+    changes["head"] = PackedMatrix(weight(leaves[leaf], place), ("vocab", "embed"))
     return tree.replace(model, changes)
 
 
 def packed(model: Transformer, kind: Kind) -> Transformer:
-    """`model` with its linear layers packed; arrays that stay are shared. Raises UserError for an unknown kind."""
+    """`model` with its linear layers and experts packed; arrays that stay are shared. Raises UserError for an unknown
+    kind."""
     if is_packed(model):
         raise UserError("the model's weights are packed already: load it again to pack them in another way")
     packing, arrays = Packing(jax.eval_shape(lambda: model), kind), {}

@@ -278,15 +278,22 @@ def test_dtypes_that_do_not_fit_are_refused_by_name(dtypes, words):
         grouped_matmul(*(jnp.ones(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)))
 
 
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu"])
-def test_a_named_backend_that_is_not_there_says_so(implementation):
-    with pytest.raises(Unsupported, match=implementation):
+@pytest.mark.parametrize(
+    ("implementation", "words"),
+    [
+        ("mosaic_gpu", "needs a GPU, and this is a cpu"),
+        ("mosaic_tpu", "needs a TPU, and this is a cpu"),
+        ("cpu_native", "reads weights of 8 or 4 bits"),
+    ],
+)
+def test_a_named_backend_that_cannot_serve_says_why(implementation, words):
+    with pytest.raises(Unsupported, match=words):
         grouped_matmul(jnp.ones((8, D)), jnp.ones((1, D, F)), jnp.asarray([8]), implementation=implementation)
 
 
 @pytest.mark.usefixtures("no_shape_checks")
 def test_an_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'triton'; known: auto, xla, reference"):
+    with pytest.raises(ValueError, match="'triton'; known: auto, mosaic_tpu, mosaic_gpu, cpu_native, xla"):
         grouped_matmul(jnp.ones((8, D)), jnp.ones((1, D, F)), jnp.asarray([8]), implementation="triton")
 
 

@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 
 import maxstack
+from maxstack import sharding
 from maxstack.config import UserError
 from maxstack.kernels.quantized_matmul import KINDS, dequantize, quantize
-from maxstack import sharding
 from maxstack.models import packing, presets, tree
 from maxstack.models.generation import Generator, SamplingParams
 from maxstack.models.generation.programs import programs_for
-from maxstack.models.packed import Packed, PackedLinear
-from maxstack.models.packing import Packing, is_packed, linears, packed
+from maxstack.models.moe import Experts, run_experts
+from maxstack.models.packed import Packed, PackedLinear, PackedMatrix
+from maxstack.models.packing import Packing, experts, is_packed, linears, packed
 from maxstack.models.save import save
 from maxstack.models.transformer import Transformer
 from maxstack.sharding import MeshConfig
-from tests.models.tiny import CONFIGS, VOCAB
+from tests.models.tiny import CONFIGS, EXPERTS, VOCAB
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 
@@ -52,6 +53,10 @@ def rounded(model: Transformer, kind: str) -> Transformer:
                 w[index].shape
             )
         arrays[f"{name}.w"] = jnp.asarray(out)
+    for name in experts(model):
+        w = np.asarray(arrays[name])
+        matrices = [there_and_back(jnp.asarray(w[index].T), kind).T for index in np.ndindex(*w.shape[:-2])]
+        arrays[name] = jnp.stack(matrices).reshape(w.shape)
     return tree.rebuild(model, arrays)
 
 
@@ -69,6 +74,7 @@ def test_a_packed_model_is_the_model_with_rounded_weights(name):
         found = [type(tree.part(few, linear)) for linear, _ in linears(model)]
         assert found
         assert set(found) == {PackedLinear}
+        assert {type(tree.part(few, name)) for name in experts(model)} <= {PackedMatrix}
         # The output projection is rounded in both: the hidden states are compared, and the logits with its table.
         meant, given = (jax.jit(lambda m: m.hidden(tokens)[0])(m) for m in (rounded(model, kind), few))
         np.testing.assert_allclose(np.asarray(given), np.asarray(meant), rtol=2e-4, atol=2e-4)
@@ -97,6 +103,30 @@ def test_what_stays_is_shared_and_what_is_packed_is_small():
     assert all(
         isinstance(v, Packed) == (v_name not in before) for v_name, v in tree.named_variables(few).items()
     )
+
+
+def test_experts_are_packed_and_routers_are_not():
+    model = made("mixture")
+    before, after = tree.leaves(model), tree.leaves(packed(model, "int4-g32"))
+    layer = "stacks.0.layers.0.feed_forward"
+    assert list(experts(model)) == [f"{layer}.{name}" for name in ("gate", "up", "down")]
+    for name in experts(model):
+        assert name not in after
+        repeats, many, inputs, outputs = before[name].shape
+        assert after[f"{name}.values"].shape == (repeats, many, outputs, inputs // 2)
+        assert after[f"{name}.scale"].shape == (repeats, many, -(-inputs // 32), outputs)
+    assert after[f"{layer}.router"] is before[f"{layer}.router"]
+
+
+def test_packed_experts_are_not_cut_over_a_mesh():
+    w = jax.vmap(functools.partial(quantize, kind="int8"))(jnp.ones((4, 16, 32)))
+    mesh = sharding.build_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+    weights = jnp.ones((1, 2, 2))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(UserError, match="not cut over devices yet: run the model without"),
+    ):
+        run_experts(jnp.ones((1, 2, 32)), weights.astype(int), weights, Experts(w, w, w), EXPERTS)
 
 
 @pytest.mark.parametrize("name", FEW)

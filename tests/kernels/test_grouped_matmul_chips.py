@@ -1,0 +1,290 @@
+"""Grouped products for TPU and Hopper: in their interpreters, which look for races, and through the real compilers."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+
+from maxstack.kernels.grouped_matmul import (
+    grouped_matmul,
+    mosaic_gpu,
+    mosaic_gpu_quantized,
+    mosaic_tpu,
+    visits,
+)
+from maxstack.kernels.quantized_matmul import QuantizedWeight, quantize
+from tests.kernels.chips import TPUS, compiled_for, needs_cuda_compiler, needs_libtpu
+from tests.kernels.test_quantized_matmul import by_hand
+
+CAREFUL = pltpu.InterpretParams(dma_execution_mode="on_wait", detect_races=True, uninitialized_memory="nan")
+KINDS = ("int8", "int4-g128", "int4-g32")
+# Experts, width, inner width: of Qwen3-30B-A3B and of Mixtral 8x7B.
+MODELS = {"Qwen3-30B-A3B": (128, 2048, 768), "Mixtral 8x7B": (8, 4096, 14336)}
+# Empty groups, a group of one row, one that fills tiles, rows left over.
+SIZES = [20, 0, 1, 32, 0, 7]
+ROWS = 70
+
+
+@st.composite
+def cuts(draw) -> tuple[list[int], int, int]:
+    """(group sizes, rows, rows of a tile)."""
+    rows = draw(st.integers(1, 70))
+    sizes = draw(st.lists(st.one_of(st.just(0), st.integers(0, 30)), min_size=1, max_size=8))
+    return sizes, rows, draw(st.sampled_from([1, 4, 16]))
+
+
+def owners(sizes: list[int], rows: int) -> np.ndarray:
+    """The group of each row, -1 for none."""
+    owner = np.repeat(np.arange(len(sizes)), sizes)[:rows]
+    return np.append(owner, np.full(rows - len(owner), -1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(cut=cuts())
+def test_every_row_is_visited_once_with_its_group(cut):
+    sizes, rows, tile = cut
+    of_rows, of_groups, own = (
+        jax.tree.map(np.asarray, f(jnp.asarray(sizes), rows, tile))
+        for f in (visits.of_rows, visits.of_groups, visits.own_tiles)
+    )
+    for found in (of_rows, of_groups):
+        first, end = (found.tile_v * tile + at for at in (found.first_v, found.end_v))
+        many = int(found.count)
+        assert many <= len(first)
+        seen = np.full(rows, -1)
+        for v in range(many):
+            assert (seen[first[v] : end[v]] == -1).all()
+            seen[first[v] : end[v]] = found.group_v[v] if found.real_v[v] else -1
+        np.testing.assert_array_equal(seen, owners(sizes, rows))
+    assert sum(of_rows.end_v - of_rows.first_v) == rows
+    groups = of_groups.group_v[: int(of_groups.count)]
+    assert sorted(set(groups)) == list(range(len(sizes)))
+    changes = np.append(True, groups[1:] != groups[:-1])
+    np.testing.assert_array_equal(of_groups.opens_v[: len(groups)], changes)
+    np.testing.assert_array_equal(of_groups.closes_v[: len(groups)], np.append(changes[1:], True))
+    seen = np.full(rows, -1)
+    for group, start, first, end, real in zip(*own, strict=True):
+        assert start % 8 == 0
+        seen[start + first : start + end] = group if real else -1
+    np.testing.assert_array_equal(seen, owners(sizes, rows))
+    assert (own.end_v - own.first_v).sum() == rows
+
+
+def drawn(*shape: int, seed: int = 0, dtype=jnp.bfloat16) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def by_loop(x, w, sizes: list[int], transposed: bool = False) -> np.ndarray:
+    """Each row with its group's matrix, float64."""
+    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    w = w.swapaxes(1, 2) if transposed else w
+    y = np.zeros((len(x), w.shape[2]))
+    for row, group in enumerate(owners(sizes, len(x))):
+        if group >= 0:
+            y[row] = x[row] @ w[group]
+    return y
+
+
+def sums_by_loop(x, dy, sizes: list[int]) -> np.ndarray:
+    """A matrix a group, float64."""
+    x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
+    owner = owners(sizes, len(x))
+    return np.stack([x[owner == group].T @ dy[owner == group] for group in range(len(sizes))])
+
+
+# Sums in float32 of products that are exact there, rounded once to bfloat16: half a unit of 8 bits. In float32 the
+# roundings of sums of hundreds of terms.
+def assert_close(found, meant, dtype=jnp.bfloat16, more: float = 0.0):
+    found = np.asarray(found, np.float64)
+    rounding = 2**-8 if dtype == jnp.bfloat16 else 1e-6
+    np.testing.assert_allclose(
+        found, meant, rtol=rounding, atol=(1e-6 + more) * max(np.abs(meant).max(), 1e-9)
+    )
+
+
+def no_races(capfd) -> None:
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+def with_nan_outside(a: jax.Array, sizes: list[int]) -> jax.Array:
+    """Rows of no group hold NaN, which must not be read."""
+    return a.at[sum(sizes) :].set(jnp.nan)
+
+
+@pytest.mark.parametrize(
+    ("transposed", "dtype", "tiles"),
+    [
+        (False, jnp.bfloat16, mosaic_tpu.Tiles(32, 16, 128, 256)),
+        (True, jnp.float32, mosaic_tpu.Tiles(16, 8, 256, 128)),
+    ],
+)
+def test_tpu_rows_get_their_groups_matrix_without_races(transposed, dtype, tiles, capfd):
+    x, w = drawn(ROWS, 256, dtype=dtype), drawn(6, 256, 256, seed=1, dtype=dtype)
+    x = with_nan_outside(x, SIZES)
+    y = mosaic_tpu.rows(x, w, jnp.asarray(SIZES), transposed, tiles=tiles, interpret=CAREFUL)
+    assert_close(y, by_loop(x, w, SIZES, transposed), dtype)
+    no_races(capfd)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
+def test_tpu_matrices_are_sums_over_their_groups_rows_without_races(dtype, capfd):
+    x, dy = drawn(ROWS, 256, dtype=dtype), drawn(ROWS, 128, seed=1, dtype=dtype)
+    x, dy = with_nan_outside(x, SIZES), with_nan_outside(dy, SIZES)
+    tiles = mosaic_tpu.Tiles(32, 16, 128, 128)
+    dw = mosaic_tpu.matrices(x, dy, jnp.asarray(SIZES), tiles=tiles, interpret=CAREFUL)
+    assert_close(dw, sums_by_loop(x, dy, SIZES), dtype)
+    no_races(capfd)
+
+
+@functools.cache
+def packed(kind: str, groups: int, outputs: int, inputs: int) -> QuantizedWeight:
+    w = drawn(groups, outputs, inputs, seed=1, dtype=jnp.float32)
+    return jax.jit(jax.vmap(functools.partial(quantize, kind=kind, storage="int4")))(w)
+
+
+def unpacked(w: QuantizedWeight) -> np.ndarray:
+    """[e, n, k] by hand, float64."""
+    return np.stack([by_hand(jax.tree.map(lambda a, e=e: a[e], w)) for e in range(w.values.shape[0])])
+
+
+# Groups of 32 are multiplied with weights rounded to bfloat16 on a TPU.
+@pytest.mark.parametrize(
+    "kind", [*KINDS[1:], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[:1])]
+)
+def test_tpu_rows_times_packed_weights_without_races(kind, capfd):
+    x, w = with_nan_outside(drawn(ROWS, 256), SIZES), packed(kind, 6, 256, 256)
+    tiles = mosaic_tpu.Tiles(32, 16, 128, 256 if kind == "int4-g128" else 128)
+    y = mosaic_tpu.rows(x, w, jnp.asarray(SIZES), tiles=tiles, interpret=CAREFUL)
+    assert_close(y, by_loop(x, unpacked(w), SIZES, True), more=2**-8 if kind == "int4-g32" else 0)
+    no_races(capfd)
+
+
+def interpreted(function, *arguments):
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        return jax.block_until_ready(function(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("transposed", "tiles"),
+    [
+        (False, mosaic_gpu.Tiles(64, 128)),
+        pytest.param(True, mosaic_gpu.Tiles(128, 128), marks=pytest.mark.slow),
+    ],
+)
+def test_hopper_rows_get_their_groups_matrix_without_races(transposed, tiles, capfd):
+    # More steps than stages, so that stages are used again.
+    x, w = drawn(ROWS, 384), drawn(6, *((128, 384) if transposed else (384, 128)), seed=1)
+    rows = functools.partial(mosaic_gpu.rows, transposed=transposed, tiles=tiles)
+    assert_close(interpreted(rows, x, w, jnp.asarray(SIZES)), by_loop(x, w, SIZES, transposed))
+    no_races(capfd)
+
+
+def test_hopper_matrices_are_sums_over_their_groups_rows_without_races(capfd):
+    sizes = [0, 1, 65]
+    x, dy = drawn(ROWS, 128), drawn(ROWS, 128, seed=1)
+    assert_close(interpreted(mosaic_gpu.matrices, x, dy, jnp.asarray(sizes)), sums_by_loop(x, dy, sizes))
+    no_races(capfd)
+
+
+@pytest.mark.parametrize("kind", [KINDS[1], *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[::2])])
+def test_hopper_rows_times_packed_weights_without_races(kind, capfd):
+    x, w, sizes = drawn(24, 256), packed(kind, 3, 128, 256), [9, 0, 10]
+    rows = functools.partial(mosaic_gpu_quantized.rows, through_memory=True)
+    assert_close(interpreted(rows, x, w, jnp.asarray(sizes)), by_loop(x, unpacked(w), sizes, True))
+    no_races(capfd)
+
+
+def shape(*sizes: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def training(chip: str, model: str, rows: int, down: bool = False):
+    """Forward and both gradients of the public function, whose choice has to be the chip's kernels."""
+    e, d, f = MODELS[model]
+    d, f = (f, d) if down else (d, f)
+
+    def run(x, w, sizes, dy):
+        y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
+        return y, *pull(dy)
+
+    return compiled_for(chip, run, shape(rows, d), shape(e, d, f), shape(e, dtype=jnp.int32), shape(rows, f))
+
+
+def packed_shape(kind: str, e: int, n: int, k: int) -> QuantizedWeight:
+    w = jax.eval_shape(lambda w: quantize(w, kind, storage="int4"), shape(n, k, dtype=jnp.float32))
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((e, *a.shape), a.dtype), w)
+
+
+def decoding(chip: str, model: str, rows: int, kind: str, down: bool = False):
+    """Rows times packed weights."""
+    e, d, f = MODELS[model]
+    d, f = (f, d) if down else (d, f)
+    arguments = shape(rows, d), packed_shape(kind, e, f, d), shape(e, dtype=jnp.int32)
+    return compiled_for(chip, lambda x, w, sizes: grouped_matmul(x, w, sizes), *arguments)
+
+
+def kernels_of(compiled) -> list[str]:
+    return re.findall(r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*)"', str(compiled.as_text()))
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", ["v5e", "v7x"])
+def test_tpu_training_programs_hold_three_kernels_and_no_copy_of_the_weights(chip):
+    compiled = training(chip, "Qwen3-30B-A3B", 65_536)
+    assert len(kernels_of(compiled)) == 3
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 128 * 2048 * 768
+
+
+@needs_libtpu
+def test_tpu_programs_of_packed_weights_hold_no_whole_weight():
+    compiled = decoding("v5e", "Qwen3-30B-A3B", 64, "int4-g128")
+    assert kernels_of(compiled)
+    assert compiled.memory_analysis().temp_size_in_bytes < 128 * 2048 * 768 // 2
+
+
+def spilled(told: str) -> list[int]:
+    found = [int(n) for n in re.findall(r"(\d+) bytes spill", told)]
+    assert found
+    return found
+
+
+@needs_cuda_compiler
+def test_hopper_programs_hold_the_kernels_and_spill_nothing(monkeypatch, capfd):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    assert len(kernels_of(training("h200", "Qwen3-30B-A3B", 65_536))) == 3
+    assert kernels_of(decoding("h200", "Qwen3-30B-A3B", 64, "int4-g128"))
+    told = "".join(capfd.readouterr())
+    assert not any(spilled(told)), told
+    assert "serialized" not in told
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("chip", TPUS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_tpu_compiles_every_shape(chip, model):
+    for down in (False, True):
+        for rows in (16, 512, 65_536):
+            assert kernels_of(training(chip, model, rows, down))
+            for kind in KINDS:
+                assert kernels_of(decoding(chip, model, rows, kind, down))
+
+
+@pytest.mark.slow
+@needs_cuda_compiler
+@pytest.mark.parametrize("model", MODELS)
+def test_hopper_compiles_every_shape(model, monkeypatch, capfd):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    for down in (False, True):
+        for rows in (16, 512, 65_536):
+            assert kernels_of(training("h200", model, rows, down))
+            for kind in KINDS:
+                assert kernels_of(decoding("h200", model, rows, kind, down))
+    assert not any(spilled("".join(capfd.readouterr())))
