@@ -28,6 +28,7 @@ from maxstack.kernels.attention.mosaic_gpu_tile import (
     masked,
     product,
     shared,
+    stream,
     weights_and_gradients,
     zeros,
 )
@@ -48,13 +49,9 @@ def keys_gradients(
     if options.causal or options.window is not None:
         # Indices are loaded too: computed, the compiler would keep those of every column in registers throughout.
         at = spans.with_indices(at, t, s)
-    ids = spans.ids(at, tokens, members * ROWS)
-    count = 0 if ids.q is None else ids.q.shape[1]
-    given = (at.q_positions is not None, at.q_segments is not None)
-    span = spans.spans(seen, members)
-    span_rows, id_rows = span.shape[0], 0 if ids.q is None else ids.q.shape[0]
-    inputs = {"q": q_btnh, "k": k_bskh, "v": v_bskw, "dout": dout_btnw, "lse": lse_bnt, "delta": delta_bnt}
-    inputs |= {"span": span, "q_ids": ids.q, "kv_ids": ids.kv}
+    arrays = {"q": q_btnh, "k": k_bskh, "v": v_bskw, "dout": dout_btnw, "lse": lse_bnt, "delta": delta_bnt}
+    inputs = spans.inputs(arrays, spans.spans(seen, members), at, tokens, members * ROWS)
+    count, given = inputs.count, inputs.given
     heads = n // k
     widest = min(64, tokens) * 2
 
@@ -63,8 +60,7 @@ def keys_gradients(
     ):  # fmt: skip
         kv_head, group = lax.axis_index("head"), lax.axis_index("group")
         row, warpgroup = lax.axis_index("row"), lax.axis_index("warpgroup")
-        span_row = row if span_rows > 1 else 0
-        id_row = row if id_rows > 1 else 0
+        span_row, id_row = inputs.span_row(row), inputs.id_row(row)
         begin, end = (of["span"][span_row, group, members, bound] for bound in (spans.FIRST, spans.LAST))
 
         steps = heads * (end - begin)
@@ -159,12 +155,10 @@ def keys_gradients(
         def _move_memory():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
-            def load(number, _):
+            def fetch(number, slot):
                 head = kv_head * heads + lax.div(number, end - begin)
                 i = begin + lax.rem(number, end - begin)
-                slot = lax.rem(number, jnp.int32(stages))
                 block = pl.ds(i * tokens, tokens)
-                pl.when(number >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 for source, place in ((of["q"], q_s), (of["dout"], dout_s)):
                     plgpu.copy_gmem_to_smem(source.at[row, block, head], place.at[slot], ready.at[slot])
                 for source, place in ((of["lse"], lse_s), (of["delta"], delta_s)):
@@ -173,11 +167,7 @@ def keys_gradients(
                     q_ids = of["q_ids"].at[id_row, c, block]
                     plgpu.copy_gmem_to_smem(q_ids, ids_s.at[slot, c], ready.at[slot])
 
-            def drain(number, _):
-                plgpu.barrier_wait(free.at[lax.rem(number, jnp.int32(stages))])
-
-            lax.fori_loop(0, steps, load, None)
-            lax.fori_loop(jnp.maximum(steps - stages, 0), steps, drain, None)
+            stream(jnp.int32(0), steps, stages, free, fetch)
 
     scratch = {
         "k_s": shared((ROWS, h) if split else (COMPUTE, ROWS, h), dtype, widest),
@@ -194,5 +184,5 @@ def keys_gradients(
         "done": plgpu.Barrier(num_arrivals=COMPUTE) if split else None,
     }
     outputs = (jax.ShapeDtypeStruct((b, tall, k, h), dtype), jax.ShapeDtypeStruct((b, tall, k, w), dtype))
-    dk, dv = launch(attention_dkv, inputs, outputs, scratch, (k, tall // (members * ROWS), b))
+    dk, dv = launch(attention_dkv, inputs.of, outputs, scratch, (k, tall // (members * ROWS), b))
     return dk[:, :s], dv[:, :s]

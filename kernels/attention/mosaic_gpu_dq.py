@@ -25,6 +25,7 @@ from maxstack.kernels.attention.mosaic_gpu_tile import (
     launch,
     masked,
     shared,
+    stream,
     weights_and_gradients,
     zeros,
 )
@@ -44,21 +45,17 @@ def queries_gradient(
     if options.causal or options.window is not None:
         # Indices are loaded too: computed, the compiler would keep those of every column in registers throughout.
         at = spans.with_indices(at, t, s)
-    ids = spans.ids(at, COMPUTE * ROWS, keys)
-    count = 0 if ids.q is None else ids.q.shape[1]
-    given = (at.q_positions is not None, at.q_segments is not None)
+    arrays = {"q": q_btnh, "k": k_bskh, "v": v_bskw, "dout": dout_btnw, "lse": lse_bnt, "delta": delta_bnt}
+    inputs = spans.inputs(arrays, span, at, COMPUTE * ROWS, keys)
+    count, given = inputs.count, inputs.given
     reaches_beyond = s if s % keys else None
-    span_rows, id_rows = span.shape[0], 0 if ids.q is None else ids.q.shape[0]
-    inputs = {"q": q_btnh, "k": k_bskh, "v": v_bskw, "dout": dout_btnw, "lse": lse_bnt, "delta": delta_bnt}
-    inputs |= {"span": span, "q_ids": ids.q, "kv_ids": ids.kv}
     widest = min(64, keys) * 2
 
-    def attention_dq(of, dq, q_s, dout_s, k_s, v_s, ds_s, ids_s, own_ready, ready, free):
+    def attention_dq(of, dq, q_s, dout_s, k_s, v_s, ds_s, q_ids_s, ids_s, own_ready, ready, free):
         head, row, warpgroup = lax.axis_index("head"), lax.axis_index("row"), lax.axis_index("warpgroup")
         group = tall // (COMPUTE * ROWS) - 1 - lax.axis_index("group")
         kv_head = lax.div(head, jnp.int32(n // k))
-        span_row = row if span_rows > 1 else 0
-        id_row = row if id_rows > 1 else 0
+        span_row, id_row = inputs.span_row(row), inputs.id_row(row)
         begin, end = (of["span"][span_row, group, COMPUTE, bound] for bound in (spans.FIRST, spans.LAST))
 
         @pl.when(warpgroup < COMPUTE)
@@ -74,10 +71,10 @@ def queries_gradient(
                 plgpu.load(of[name].at[row, head, queries], layout=ROW, optimized=False)
                 for name in ("lse", "delta")
             )
-            q_ids = [
-                plgpu.load(of["q_ids"].at[id_row, i, queries], layout=ROW, optimized=False)
-                for i in range(count)
-            ]
+            for i in range(
+                count
+            ):  # they stay in shared memory: only blocks with a mask need them in registers
+                plgpu.copy_gmem_to_smem(of["q_ids"].at[id_row, i, queries], q_ids_s.at[warpgroup, i], arrived)
             plgpu.barrier_wait(arrived)
 
             def step(i, acc):
@@ -86,6 +83,7 @@ def queries_gradient(
 
                 def hide(x):
                     def with_mask(x):
+                        q_ids = [plgpu.load(q_ids_s.at[warpgroup, c], layout=ROW) for c in range(count)]
                         kv_ids = [plgpu.load(ids_s.at[slot, c], layout=COLUMN) for c in range(count)]
                         if count:
                             plgpu.commit_smem()  # they are read before memory is moved over them
@@ -120,21 +118,15 @@ def queries_gradient(
         def _move_memory():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
-            def load(i, _):
-                slot = lax.rem(i - begin, jnp.int32(stages))
+            def fetch(i, slot):
                 block = pl.ds(i * keys, keys)
-                pl.when(i - begin >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 for source, place in ((of["k"], k_s), (of["v"], v_s)):
                     plgpu.copy_gmem_to_smem(source.at[row, block, kv_head], place.at[slot], ready.at[slot])
                 for c in range(count):
                     kv_ids = of["kv_ids"].at[id_row, c, block]
                     plgpu.copy_gmem_to_smem(kv_ids, ids_s.at[slot, c], ready.at[slot])
 
-            def drain(i, _):
-                plgpu.barrier_wait(free.at[lax.rem(i - begin, jnp.int32(stages))])
-
-            lax.fori_loop(begin, end, load, None)
-            lax.fori_loop(jnp.maximum(end - stages, begin), end, drain, None)
+            stream(begin, end, stages, free, fetch)
 
     scratch = {
         "q_s": shared((COMPUTE, ROWS, h), dtype, widest),
@@ -142,11 +134,12 @@ def queries_gradient(
         "k_s": shared((stages, keys, h), dtype, widest),
         "v_s": shared((stages, keys, w), dtype, widest),
         "ds_s": shared((COMPUTE, ROWS, keys), dtype) if blocks.through_shared else None,
+        "q_ids_s": plgpu.SMEM((COMPUTE, count, ROWS), jnp.int32) if count else None,
         "ids_s": plgpu.SMEM((stages, count, keys), jnp.int32) if count else None,
-        "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
+        "own_ready": plgpu.Barrier(num_arrivals=2 + count, num_barriers=COMPUTE),
         "ready": plgpu.Barrier(num_arrivals=2 + count, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
     }
     outputs = (jax.ShapeDtypeStruct((b, tall, n, h), dtype),)
-    (dq,) = launch(attention_dq, inputs, outputs, scratch, (n, tall // (COMPUTE * ROWS), b))
+    (dq,) = launch(attention_dq, inputs.of, outputs, scratch, (n, tall // (COMPUTE * ROWS), b))
     return dq[:, :t]

@@ -42,17 +42,16 @@ def forward(options: Options, blocks: Blocks, q_btnh, k_bskh, v_bskw, sinks_n, a
     q_btnh, k_bskh, v_bskw = (in_eights(x) for x in (q_btnh, k_bskh, v_bskw))
     dtype, keys, stages = q_btnh.dtype, blocks.forward_key, blocks.stages
     tall = -(-t // (COMPUTE * ROWS)) * COMPUTE * ROWS
-    ids = spans.ids(at, COMPUTE * ROWS, keys)
-    count = 0 if ids.q is None else ids.q.shape[1]
-    given = (at.q_positions is not None, at.q_segments is not None)
     # The part of the queries that is as large as the values gives its place to the output in the end.
     sizes = [w, h - w] if h > w else [w]
     parts = [pl.ds(w * i, size) for i, size in enumerate(sizes)]
     reaches_beyond = s if s % keys else None
     span = spans.spans(spans.pairs(at, options, t, s, ROWS, keys), COMPUTE)
-    span_rows, id_rows = span.shape[0], 0 if ids.q is None else ids.q.shape[0]
-    inputs = {"q": q_btnh, "k": k_bskh, "v": v_bskw, "span": span, "q_ids": ids.q, "kv_ids": ids.kv}
-    inputs["sinks"] = None if sinks_n is None else sinks_n.astype(jnp.float32)
+    arrays = {"q": q_btnh, "k": k_bskh, "v": v_bskw}
+    if sinks_n is not None:
+        arrays["sinks"] = sinks_n.astype(jnp.float32)
+    inputs = spans.inputs(arrays, span, at, COMPUTE * ROWS, keys)
+    count, given = inputs.count, inputs.given
 
     def attention_forward(
         of, out, lse, q_parts, k_s, v_s, lse_s, p_s, ids_s, q_ready, k_ready, v_ready, k_free, v_free, turn
@@ -61,7 +60,7 @@ def forward(options: Options, blocks: Blocks, q_btnh, k_bskh, v_bskw, sinks_n, a
         # The programs that start last should be short: under a causal mask late queries see most keys.
         group = tall // (COMPUTE * ROWS) - 1 - lax.axis_index("group")
         kv_head = lax.div(head, jnp.int32(n // k))
-        span_row = row if span_rows > 1 else 0
+        span_row, id_row = inputs.span_row(row), inputs.id_row(row)
         begin, end = (of["span"][span_row, group, COMPUTE, bound] for bound in (spans.FIRST, spans.LAST))
 
         def take_turns():
@@ -78,7 +77,7 @@ def forward(options: Options, blocks: Blocks, q_btnh, k_bskh, v_bskw, sinks_n, a
                 source = of["q"].at[row, queries, head, part]
                 plgpu.copy_gmem_to_smem(source, place.at[warpgroup], q_ready.at[warpgroup])
             q_ids = [
-                plgpu.load(of["q_ids"].at[row if id_rows > 1 else 0, i, queries], layout=ROW, optimized=False)
+                plgpu.load(of["q_ids"].at[id_row, i, queries], layout=ROW, optimized=False)
                 for i in range(count)
             ]
             if sinks_n is None:
@@ -171,7 +170,7 @@ def forward(options: Options, blocks: Blocks, q_btnh, k_bskh, v_bskw, sinks_n, a
                 pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
                 plgpu.copy_gmem_to_smem(of["k"].at[row, block, kv_head], k_s.at[slot], k_ready.at[slot])
                 for c in range(count):
-                    kv_ids = of["kv_ids"].at[row if id_rows > 1 else 0, c, block]
+                    kv_ids = of["kv_ids"].at[id_row, c, block]
                     plgpu.copy_gmem_to_smem(kv_ids, ids_s.at[slot, c], k_ready.at[slot])
                 pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
                 plgpu.copy_gmem_to_smem(of["v"].at[row, block, kv_head], v_s.at[slot], v_ready.at[slot])
@@ -202,5 +201,5 @@ def forward(options: Options, blocks: Blocks, q_btnh, k_bskh, v_bskw, sinks_n, a
         jax.ShapeDtypeStruct((b, tall, n, w), dtype),
         jax.ShapeDtypeStruct((b, n, tall), jnp.float32),
     )
-    out, lse = launch(attention_forward, inputs, outputs, scratch, (n, tall // (COMPUTE * ROWS), b))
+    out, lse = launch(attention_forward, inputs.of, outputs, scratch, (n, tall // (COMPUTE * ROWS), b))
     return out[:, :t], lse

@@ -6,6 +6,7 @@ whatever; for causal rows and windows no block is visited in vain, for packed do
 the mask is asked element by element, by the ids themselves: nothing is assumed of their order.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -115,6 +116,40 @@ def with_indices(at: Coordinates, t: int, s: int) -> Coordinates:
     b = 1 if at.q_segments is None else at.q_segments.shape[0]
     q, kv = (jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (b, size)) for size in (t, s))
     return at._replace(q_positions=q, kv_positions=kv)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a kernel gets: arrays by name, those of this module with them."""
+
+    of: dict[str, Array | None]
+    """The kernel's own, and `span`, `q_ids`, `kv_ids`."""
+    count: int
+    """Ids of a position: of none, one or both of positions and segments."""
+    given: tuple[bool, bool]
+    """Whether there are positions, and segments."""
+
+    def span_row(self, row):
+        """Where the spans of a row of the batch are; one serves all where nothing of it differs."""
+        return row if _rows(self.of["span"]) > 1 else 0
+
+    def id_row(self, row):
+        """Where the ids of a row of the batch are."""
+        return row if _rows(self.of["q_ids"]) > 1 else 0
+
+
+def inputs(
+    arrays: dict[str, Array], span: Int[Array, "b c w 4"], at: Coordinates, q_block: int, kv_block: int
+) -> Inputs:
+    """Of a kernel whose blocks have so many queries and keys."""
+    both = ids(at, q_block, kv_block)
+    count = 0 if both.q is None else both.q.shape[1]
+    of = arrays | {"span": span, "q_ids": both.q, "kv_ids": both.kv}
+    return Inputs(of, count, (at.q_positions is not None, at.q_segments is not None))
+
+
+def _rows(x: Array | None) -> int:
+    return 0 if x is None else x.shape[0]
 
 
 def _stacked(given, block: int):

@@ -118,6 +118,24 @@ def launch(
     )(*given.values())
 
 
+def stream(first, last, stages: int, free, fetch: Callable[[Any, Any], None]) -> None:
+    """What the warpgroup that moves memory does: `fetch(step, slot)` of each step, into the slot that the step
+    `stages` before has left, and at the end it waits until all are left. `free` is their barrier."""
+
+    def slot_of(step):
+        return lax.rem(step - first, jnp.int32(stages))
+
+    def load(step, _):
+        pl.when(step - first >= stages)(lambda: plgpu.barrier_wait(free.at[slot_of(step)]))
+        fetch(step, slot_of(step))
+
+    def drain(step, _):
+        plgpu.barrier_wait(free.at[slot_of(step)])
+
+    lax.fori_loop(first, last, load, None)
+    lax.fori_loop(jnp.maximum(last - stages, first), last, drain, None)
+
+
 def in_eights(x: jax.Array) -> jax.Array:
     """`x` with its sequence, the second dimension, filled up to whole tiles; the rest of a block TMA fills itself."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))

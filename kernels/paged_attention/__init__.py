@@ -12,13 +12,12 @@ from jaxtyping import Array, Float, Int
 from maxstack.kernels import Unsupported
 from maxstack.kernels.dispatch import choose
 from maxstack.kernels.paged_attention import mosaic_gpu, mosaic_tpu, native, plan, reference, xla
+from maxstack.kernels.paged_attention.append import append_kv, append_latent
 from maxstack.kernels.paged_attention.cache import (
     KVCache,
     LatentCache,
     Lengths,
     Table,
-    append_kv,
-    append_latent,
     head_size,
     init_cache,
     init_latent_cache,
@@ -69,6 +68,9 @@ def paged_attention(
     Returns the output in the shape and dtype of the queries and, with `return_lse`, the log-sum-exp of the logits
     (sink included) in float32, without the last dimension. A query that sees no key (length 0, or a position before
     the first) gets 0 and -inf (or its sink). Not differentiable.
+
+    What no query sees may be anything, NaN too. Of `t` queries the last may be padding, whose keys nobody wrote: a
+    value that some of the queries see and others do not counts as 0 where it is not finite, so that these are right.
 
     Entries of the table that are no page of the pool hide their positions, as do positions past the table; nothing of
     another sequence is seen through them. `debug` looks for them, and for lengths beyond the table, where a position

@@ -277,13 +277,15 @@ def _use_page(
     left = end - page * tokens  # tokens of this page that some query sees
 
     if not exact:
-        # What no query sees may be anything, nan too, and 0 · nan is nan.
-        @pl.when(left < tokens)
+        # What no query sees may be anything, nan too, and 0 · nan is nan. So may be what only later queries see, which
+        # may be padding: there what is not finite becomes 0.
+        @pl.when(left < tokens + each - 1)
         def _():
             for head in range(heads):
                 lanes = jax.lax.broadcasted_iota(jnp.int32, values.shape[1:], 1)
-                kept = jnp.where(lanes < left, values[head].astype(jnp.float32), 0.0)
-                values[head] = kept.astype(values.dtype)
+                wide = values[head].astype(jnp.float32)
+                kept = (lanes < left) & ((lanes <= left - each) | (jnp.abs(wide) < jnp.inf))
+                values[head] = jnp.where(kept, wide, 0.0).astype(values.dtype)
 
     lanes = jax.lax.broadcasted_iota(jnp.int32, (m, tokens), 1)
     rows = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, (m, tokens), 0), m // each)

@@ -44,8 +44,9 @@ def paged_attention(
     total = weights.sum(-1)
     lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)
     weights = weights / jnp.where(total > 0, total, 1)[..., None]
-    # What no query sees may be anything, nan too, and 0 · nan is nan.
-    v = jnp.where(visible_bts.any(1)[:, None, :, None], v_bksw, 0)
+    # What no query sees may be anything, nan too, and 0 · nan is nan; so may be what is seen by padding alone.
+    some, every = (seen[:, None, :, None] for seen in (visible_bts.any(1), visible_bts.all(1)))
+    v = jnp.where(some & (every | jnp.isfinite(v_bksw)), v_bksw, 0)
     out = jnp.einsum("btkgs,bksw->btkgw", weights, v)
     return out.reshape(1, b, t, n, value_size), lse.reshape(1, b, t, n)
 

@@ -111,8 +111,7 @@ def _attend(cache, rows, t: int, options: Options, value_size: int, block_tokens
         total_rkm = total_rkm * keep + weights.sum((1, 3))
         if v_scale is not None:
             weights = jnp.where(visible, weights * v_scale[..., None], 0)
-        # What no query sees may be anything, nan too, and 0 · nan is nan.
-        values = jnp.where(_any_row(visible), values, 0)
+        values = jnp.where(_usable(visible, values), values, 0)
         part = jnp.einsum(
             "rckwp,rckpm->rckwm", values, weights.astype(dtype), preferred_element_type=jnp.float32
         )
@@ -139,9 +138,11 @@ def _varying_like(state, like):
     return jax.tree.map(lambda array: jax.lax.pcast(array, tuple(sorted(axes)), to="varying"), state)
 
 
-def _any_row(visible_rckpm):
-    """[r, c, k, 1, page]: the keys that some query sees, beside values [r, c, k, w, page]."""
-    return jnp.any(visible_rckpm, axis=-1)[..., None, :]
+def _usable(visible_rckpm, values_rckwp):
+    """What no query sees may be anything, nan too, and 0 · nan is nan. So may be what only some see, since the others
+    may be padding: there what is not finite is left out."""
+    some, every = (of(visible_rckpm, axis=-1)[..., None, :] for of in (jnp.any, jnp.all))
+    return some & (every | jnp.isfinite(values_rckwp))
 
 
 def _product_dtype(q, cache):

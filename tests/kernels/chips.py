@@ -46,7 +46,10 @@ def device_of(chip: str) -> Any:
 
 
 def compiled_for(
-    chip: str, function: Callable, *arguments: jax.ShapeDtypeStruct | Any
+    chip: str,
+    function: Callable,
+    *arguments: jax.ShapeDtypeStruct | Any,
+    donate_argnums: int | tuple[int, ...] = (),
 ) -> jax.stages.Compiled:
     """`function` of (trees of) shapes, compiled to machine code of a chip: "h200" or a TPU generation."""
     mesh = jax.sharding.Mesh([device_of(chip)], ("x",))
@@ -58,7 +61,9 @@ def compiled_for(
     target, platform = (HOPPER, "cuda") if chip == "h200" else (Chip("tpu", chip), "tpu")
     with compiling_for(target), as_users_compile():
         # A function of its own, so that no trace for another chip is found.
-        traced = jax.jit(lambda *args: function(*args)).trace(*jax.tree.map(placed, arguments))
+        traced = jax.jit(lambda *args: function(*args), donate_argnums=donate_argnums).trace(
+            *jax.tree.map(placed, arguments)
+        )
         return traced.lower(lowering_platforms=(platform,)).compile()
 
 

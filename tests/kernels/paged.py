@@ -75,6 +75,13 @@ def moved(made: Paged, seed: int = 3) -> Paged:
     return made._replace(cache=cache, table=to[made.table].astype(np.int32))
 
 
+def stale(made: Paged, value: float) -> Paged:
+    """The same sequences in pages whose other slots hold `value`: what an earlier owner may have left."""
+    fill = lambda pool: jnp.where(jnp.isnan(pool), jnp.asarray(value, pool.dtype), pool)  # noqa: E731
+    k, v, *scales = made.cache
+    return made._replace(cache=KVCache(fill(k), fill(v), *scales))
+
+
 def latent_cache(made: Paged, kind: str) -> LatentCache:
     """The keys of a cache with one head, as latents."""
     pages = np.swapaxes(np.asarray(made.cache.k_pages)[:, 0], 1, 2)

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks.kernel_programs import MASKS, MODELS, attention_of
 from benchmarks.kernel_registers import kernel_resources
-from maxstack.kernels.attention import mosaic_gpu, mosaic_gpu_spans
+from maxstack.kernels.attention import attention, mosaic_gpu, mosaic_gpu_spans
 from maxstack.kernels.attention.masks import Coordinates, Options
 from maxstack.kernels.attention.mosaic_gpu_tile import Blocks
 from maxstack.kernels.dispatch import CPU, Chip, compiling_for
@@ -165,6 +165,70 @@ def test_not_causal_float16():
     compare(1, 136, 264, 2, 1, 64, 64, causal=False, dtype=jnp.float16, softcap=2.0)
 
 
+def mesh_case(rows: int):
+    """(mesh, q, k, v, dout, sinks, ids) of `rows` rows and two kv heads, cut over as many devices."""
+    random = np.random.default_rng(0)
+    mesh = jax.make_mesh((rows, 2), ("data", "tensor"), devices=jax.devices()[: 2 * rows])
+    heads = jax.NamedSharding(mesh, jax.P("data", None, "tensor", None))
+    arrays = [
+        jax.device_put(jnp.asarray(random.normal(size=(rows, 128, n, 64)), jnp.bfloat16), heads)
+        for n in (4, 2, 2, 4)
+    ]
+    sinks = jax.device_put(
+        jnp.asarray(random.normal(size=4), jnp.float32), jax.NamedSharding(mesh, jax.P("tensor"))
+    )
+    ids = jax.device_put(
+        jnp.asarray(packed_ids(random, rows, 128, 3), jnp.int32), jax.NamedSharding(mesh, jax.P("data", None))
+    )
+    return mesh, *arrays, sinks, ids
+
+
+def mesh_gradients(dout, ids, config):
+    def loss(q, k, v, sinks):
+        out = attention(
+            q, k, v, sinks=sinks, segment_ids=ids, implementation="mosaic_gpu", config=config
+        )  # fmt: skip
+        return jnp.sum(out.astype(jnp.float32) * dout)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 4])
+def test_gradients_on_a_mesh_equal_float64_formulas(rows):
+    mesh, q, k, v, dout, sinks, ids = mesh_case(rows)
+    config = dataclasses.replace(Blocks.of(64, 64), through_shared=True)
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    with (
+        jax.set_mesh(mesh),
+        compiling_for(HOPPER),
+        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+    ):
+        found = jax.device_get(mesh_gradients(dout, ids, config)(q, k, v, sinks))
+    assert not gpu_callbacks.get_races().races_found
+    host_ids = np.asarray(ids)
+    seen = sees(128, 128, (host_ids, host_ids), None, True, None)
+    q, k, v, dout = jax.device_get((q, k, v, dout))
+    wanted = brute_force(q, k, v, dout, np.zeros((rows, 128, 4)), seen, None, sinks)[2:]
+    for name, ours, theirs in zip(("dq", "dk", "dv", "dsinks"), found, wanted, strict=True):
+        theirs = np.asarray(theirs)
+        error = np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs)
+        assert error < CLOSE, f"{name}: {error:.2e} of its norm"
+
+
+def test_on_a_mesh_each_device_runs_the_kernels_and_nothing_is_summed_but_the_gradient_of_sinks():
+    mesh, q, k, v, dout, sinks, ids = mesh_case(4)
+    with jax.set_mesh(mesh), compiling_for(HOPPER):
+        text = (
+            mesh_gradients(dout, ids, None)
+            .trace(q, k, v, sinks)
+            .lower(lowering_platforms=("cuda",))
+            .as_text()
+        )
+    assert all(f"attention_{name}" in text for name in ("forward", "dq", "dkv"))
+    assert text.count("stablehlo.all_reduce") == 1
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_spans_hold_every_visible_pair_and_whole_blocks_only_visible_ones(seed):
     random = np.random.default_rng(seed)
@@ -234,9 +298,7 @@ def check_compiled(model, mask):
     rows = kernel_resources(function, *arguments)
     assert [row["kernel"] for row in rows] == ["attention_forward", "attention_dkv", "attention_dq"]
     for row in rows:
-        # At 256 the sum of a warpgroup is half of its registers; what is spilled there are a few scalars.
-        few = 64 if model == "256" and row["kernel"] == "attention_dq" else 0
-        assert row["spilled"] <= few, row
+        assert row["spilled"] == 0, row
         assert not row["serialized"], row
         assert row["shared"] <= 227 * 1024, row
 

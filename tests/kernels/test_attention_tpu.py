@@ -194,9 +194,10 @@ def test_bfloat16_is_rounded_between_products_only():
 
 
 @pytest.mark.slow
-def test_gradients_on_a_mesh_equal_float64_formulas():
-    case = Case(b=2, t=130, n=4, k=2, h=8, w=8, sunk=True, packed=True)
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4])
+@pytest.mark.parametrize("rows", [2, 4])
+def test_gradients_on_a_mesh_equal_float64_formulas(rows):
+    case = Case(b=rows, t=130, n=4, k=2, h=8, w=8, sunk=True, packed=True)
+    mesh = jax.make_mesh((rows, 2), ("data", "tensor"), devices=jax.devices()[: 2 * rows])
     heads, ids = (
         jax.NamedSharding(mesh, jax.P("data", None, "tensor", None)),
         jax.NamedSharding(mesh, jax.P("data")),

@@ -21,7 +21,17 @@ from maxstack.kernels.paged_attention import (
     latent_paged_attention,
     paged_attention,
 )  # fmt: skip
-from tests.kernels.paged import PAGE_TYPES, brute_force, held, latent_cache, moved, paged, queries, rounded
+from tests.kernels.paged import (
+    PAGE_TYPES,
+    brute_force,
+    held,
+    latent_cache,
+    moved,
+    paged,
+    queries,
+    rounded,
+    stale,
+)
 
 # Float32 against float64: a few roundings of sums of tens of terms of size 1.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -117,6 +127,30 @@ def test_bad_entries_hide_their_positions_and_show_no_other_sequence(implementat
         np.testing.assert_allclose(one, other, **CLOSE)
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("implementation", HERE)
+def test_padding_of_a_chunk_reads_stale_pages_and_spoils_no_token(implementation, value, splits):
+    real, padding = (
+        np.array([9, 2, 31], np.int32),
+        3,
+    )  # tokens; the padding of the second is in pages of its own
+    made = stale(paged(real, kind="bfloat16"), value)
+    q = queries(3, 2 + padding, 4, 8)
+    found = run(
+        q,
+        made.cache,
+        made.table,
+        real + padding,
+        return_lse=True,
+        splits=splits,
+        implementation=implementation,
+    )
+    wanted = brute_force(np.asarray(q, np.float64)[:, :2], made.k, made.v, real)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one[:, :2], other, **CLOSE)
+
+
 @pytest.mark.parametrize("implementation", HERE)
 def test_positions_past_the_table_do_not_exist(implementation):
     made, q = paged((32, 32)), queries(2, 2, 4, 8)
@@ -196,7 +230,7 @@ def test_a_chunk_written_at_once_is_attended_like_tokens_one_by_one():
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("implementation", HERE)
 def test_latents_are_keys_of_one_head_whose_first_components_are_values(kind, implementation):
     made = paged(LENGTHS, heads=1, size=8, kind=kind)
     q = queries(4, 2, 4, 8)
