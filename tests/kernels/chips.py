@@ -46,9 +46,10 @@ def device_of(chip: str) -> Any:
 
 
 def compiled_for(
-    chip: str, function: Callable, *arguments: jax.ShapeDtypeStruct | Any
+    chip: str, function: Callable, *arguments: jax.ShapeDtypeStruct | Any, donate: tuple[int, ...] = ()
 ) -> jax.stages.Compiled:
-    """`function` of (trees of) shapes, compiled to machine code of a chip: "h200" or a TPU generation."""
+    """`function` of (trees of) shapes, compiled to machine code of a chip: "h200" or a TPU generation. Arguments whose
+    places are in `donate` may be written."""
     mesh = jax.sharding.Mesh([device_of(chip)], ("x",))
     where = NamedSharding(mesh, jax.P())
 
@@ -58,7 +59,9 @@ def compiled_for(
     target, platform = (HOPPER, "cuda") if chip == "h200" else (Chip("tpu", chip), "tpu")
     with compiling_for(target), as_users_compile():
         # A function of its own, so that no trace for another chip is found.
-        traced = jax.jit(lambda *args: function(*args)).trace(*jax.tree.map(placed, arguments))
+        traced = jax.jit(lambda *args: function(*args), donate_argnums=donate).trace(
+            *jax.tree.map(placed, arguments)
+        )
         return traced.lower(lowering_platforms=(platform,)).compile()
 
 
