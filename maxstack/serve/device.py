@@ -241,7 +241,7 @@ class Device:
                 following[i, : len(after)] = after
         asked = [chunk.request.params for chunk in chunks] + [NOBODY] * (b - len(chunks))
         settings = row_settings(
-            [one.sampling for one in asked], self.config.vocab_size, [one.ends for one in asked], documents
+            [one.sampling for one in asked], self.config.vocab_size, [one.ends for one in asked], documents.tolist()
         )
         chunk = Tokens(tokens, self._table[rows], lengths, counts, documents)
         return Prompts(rows, chunk, last, left, settings, following)
