@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -13,12 +14,12 @@ from maxstack.serve.sequence import Sequence
 from tests.serve.fake_device import FakeDevice, alone, slot
 
 TIGHT = Limits(
-    rows=3, page=4, pages=12, max_length=32, tokens_a_step=24, chunks=((1, 4), (1, 16), (3, 4)), steps=(1, 3),
+    rows=3, page=4, pages=12, max_length=32, tokens_a_step=17, chunks=((1, 4), (1, 16), (3, 4)), steps=(1, 3),
     waiting=6, level_s=5.0, step_tokens=4,
 )  # fmt: skip
 LIMITS = [
     TIGHT,
-    replace(TIGHT, rows=4, page=2, pages=18, drafts=2, tokens_a_step=20, chunks=((1, 3), (2, 4))),
+    replace(TIGHT, rows=4, page=2, pages=18, drafts=2, tokens_a_step=16, chunks=((1, 3), (2, 4))),
     replace(TIGHT, rows=2, pages=8, ahead=1, steps=(1,), prefix_cache=False),
     replace(TIGHT, rows=6, pages=60, ahead=3, steps=(1, 2, 5), tokens_a_step=40, waiting=20),
 ]
@@ -49,7 +50,8 @@ class Serving(RuleBasedStateMachine):
         beginning=st.sampled_from(BEGINNINGS), shared=st.integers(0, 20),
         rest=st.lists(st.integers(0, 9), min_size=1, max_size=6), max_tokens=st.integers(0, 12),
         priority=st.sampled_from([0, 0, 0, 1, -1]), lives=st.sampled_from([None, None, 3.0]),
-        adapter=st.sampled_from(["", "", "a"]), flags=st.sampled_from([{}, {}, {"stepwise": True}, {"use_cache": False}]),
+        adapter=st.sampled_from(["", "", "a"]),
+        flags=st.sampled_from([{}, {}, {"stepwise": True}, {"use_cache": False}]),
     )  # fmt: skip
     def add(self, beginning, shared, rest, max_tokens, priority, lives, adapter, flags):
         name = f"r{len(self.requests)}"
@@ -59,12 +61,12 @@ class Serving(RuleBasedStateMachine):
             arrived=self.now, deadline=None if lives is None else self.now + lives, priority=priority,
             adapter=adapter, params=len(rest) % 2, **flags,
         )  # fmt: skip
-        try:
-            self.scheduler.add(request)
-        except Full as full:
-            assert self.scheduler.counters.num_requests_waiting == self.limits.waiting
-            assert 1 <= full.retry_after <= 60
+        if self.scheduler.counters.num_requests_waiting == self.limits.waiting:
+            with pytest.raises(Full) as full:
+                self.scheduler.add(request)
+            assert 1 <= full.value.retry_after <= 60
             return
+        self.scheduler.add(request)
         self.requests[name] = request
         self.answers[name] = []
 
