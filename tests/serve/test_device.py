@@ -28,7 +28,7 @@ def device(model):
 
 def test_prompts_that_come_at_any_time_in_any_company_get_the_tokens_of_full_forward_passes(model, device):
     # Few pages: rows are preempted. Every third prompt begins like one before; every fifth is cancelled on the way.
-    run, rng = Driven(device, pages=20), np.random.default_rng(0)
+    run, rng = Driven(device, pages=14), np.random.default_rng(0)
     rows = prompts(*rng.integers(1, 30, 40), seed=1)
     rows = [rows[i - 3][:12] + row if i % 3 == 0 and i else row for i, row in enumerate(rows)]
     asked, cancelled = [], []
@@ -69,7 +69,7 @@ MIXED = [
     "company",
     [
         {}, {"steps": (1,), "ahead": 1}, {"chunks": ((1, 4),), "tokens_a_step": 8},
-        {"pages": 16, "prefix_cache": False}, {"pages": 16},
+        {"pages": 9, "prefix_cache": False}, {"pages": 9},
     ],
     ids=["batch", "one at a time", "small chunks", "preempted", "preempted, with prefixes"],
 )  # fmt: skip
@@ -90,16 +90,15 @@ def test_a_request_draws_the_same_tokens_alone_and_in_any_company(device, compan
 
 def test_drawn_tokens_have_the_distribution_of_full_forward_passes(model, device):
     # One prompt with many seeds, one draw each: counts against probabilities.
-    [prompt], draws = prompts(6, seed=3), 2000
+    [prompt], draws = prompts(6, seed=3), 400
     run = Driven(device, waiting=draws)
     params = [SamplingParams(max_tokens=1, temperature=1.0, seed=seed) for seed in range(draws)]
     given = [tokens[0] for tokens in tokens_of(run.together([prompt] * draws, params))]
     wanted = np.asarray(jax.nn.softmax(full(model, jnp.asarray([prompt + [0] * 58]))[0, 5])) * draws
     counts = np.bincount(given, minlength=VOCAB)
     likely = wanted > 5
-    cells = np.append(counts[likely], counts[~likely].sum()), np.append(wanted[likely], wanted[~likely].sum())
-    chi2 = float(((cells[0] - cells[1]) ** 2 / cells[1]).sum())
-    freedom = len(cells[0]) - 1
+    found, hoped = (np.append(x[likely], x[~likely].sum()) for x in (counts, wanted))
+    chi2, freedom = float(((found - hoped) ** 2 / hoped).sum()), len(hoped) - 1
     # Wilson and Hilferty's cube root of chi² is normal: four standard deviations.
     z = ((chi2 / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
     assert freedom > 8
@@ -201,7 +200,7 @@ def test_a_failing_step_fails_nobody_once_and_its_requests_when_it_repeats(devic
 
 def test_nothing_is_compiled_after_warm_up(device, compilations):
     before = len(compilations)
-    run = Driven(device, pages=16)
+    run = Driven(device, pages=12)
     run.together(
         prompts(1, 5, 30, 17, 9, 3, seed=8), [*MIXED, dataclasses.replace(GREEDY, prompt_logprobs=0)]
     )
@@ -221,7 +220,7 @@ FORMS = [(name, on) for name in ("window", "latent", "mixture", "clamped mixture
 )
 def test_every_kind_of_layer_on_every_form(name, on):
     model = build(CONFIGS[name])
-    run = Driven(device_of(model, on=on, buckets=(4,)), pages=24)
+    run = Driven(device_of(model, on=on, buckets=(4,)), pages=10)
     for answer in run.together(prompts(1, 20, 9, 5, 14, 26, seed=9)):
         check_greedy(model, answer)
     assert run.scheduler.counters.num_preemptions > 0
@@ -237,6 +236,6 @@ def test_rotation_by_length_goes_by_the_whole_prompt_and_is_the_same_when_read_a
     for row, answer in zip(rows, alone, strict=True):
         wanted = jax.nn.log_softmax(model(jnp.asarray([row]))[0, -1])
         np.testing.assert_allclose(answer.output.logprobs[0].logprob, wanted.max(), atol=ROUNDING)
-    run = Driven(device, pages=16, prefix_cache=False)
+    run = Driven(device, pages=9, prefix_cache=False)
     assert tokens_of(run.together(rows)) == tokens_of(alone)
     assert run.scheduler.counters.num_preemptions > 0

@@ -94,7 +94,7 @@ def test_many_coroutines_at_once_get_what_each_gets_alone(engine):
 
 def test_what_cannot_be_served_is_refused_and_the_queue_is_bounded(engine):
     for prompt, params, part in (
-        ("", PARAMS, "no tokens"), ([1] * 60, PARAMS, "exceed the model's 64"), ([VOCAB], PARAMS, "0 to 256"),
+        ([], PARAMS, "no tokens"), ([1] * 60, PARAMS, "exceed the model's 64"), ([VOCAB], PARAMS, "0 to 256"),
         ("x", [PARAMS, PARAMS], "1 prompts and 2 settings"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=part):
