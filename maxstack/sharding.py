@@ -134,6 +134,11 @@ def present(mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*(_entry(name for name in _names(axes) if mesh.shape[name] > 1) for axes in spec))
 
 
+def parts(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:
+    """Into how many parts a dimension is cut along mesh axes."""
+    return math.prod(mesh.shape[axis] for axis in _names(axes))
+
+
 def _names(axes: MeshAxes) -> tuple[str, ...]:
     """The mesh axes of one dimension, slowest first."""
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
@@ -199,6 +204,11 @@ def gather(weight: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype) -> jax.Ar
     if mesh is None:
         return weight
     return jax.reshard(weight, present(mesh, weight_spec(axes, "compute", 0)))
+
+
+def whole(array: jax.Array) -> jax.Array:
+    """`array`, all of it on every device of the mesh it lies on."""
+    return array if on_one_device() else jax.reshard(array, PartitionSpec(*(None,) * array.ndim))
 
 
 def gather_local(cut: jax.Array, spec: PartitionSpec, tokens: PartitionSpec, dtype: jnp.dtype) -> jax.Array:

@@ -3,15 +3,18 @@
 `available()` compiles it on first use where there is a compiler, and says whether it is there; `problem()` why not.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8, UInt8
+from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8, Int32, Shaped, UInt8
 
 from maxstack.kernels.cpu_native.build import PREFIX, problem
 
 __all__ = [
-    "MOST_ROWS", "available", "cached_attention", "int4_product", "int8_product", "problem", "rows_product",
+    "MOST_ROWS", "available", "cached_attention", "int4_product", "int8_product", "paged_attention", "problem",
+    "rows_product", "write_rows",
 ]  # fmt: skip
 
 MOST_ROWS = 16
@@ -62,3 +65,39 @@ def cached_attention(
         q_bkgh, k_bk1h, v_bk1w, cached_k_bksh, cached_v_bksw, lengths_b, sinks,
         scale=np.float32(scale), softcap=np.float32(softcap or 0.0), window=np.int64(window or 0),
     )  # fmt: skip
+
+
+def paged_attention(
+    q_btnh: Float32[Array, "b t n h"], k_pages: Shaped[Array, "P k page j"], v_pages: Shaped[Array, "P k j page"],
+    k_scale: Float32[Array, "P k page"] | None, v_scale: Float32[Array, "P k page"] | None,
+    table_bp: Int32[Array, "b p"], lengths_b: Int32[Array, "b"], *, scale: float, softcap: float | None,
+    window: int | None, splits: int,
+) -> tuple[Float32[Array, "b t n h"], Float32[Array, "b t n"]]:  # fmt: skip
+    """The last `t` positions of each sequence over its pages, and the log-sum-exp of their logits. `splits` 0: pieces
+    that begin at the same positions whatever the length."""
+    none = jnp.zeros((0, 0, 0), jnp.float32)
+    out = (
+        jax.ShapeDtypeStruct(q_btnh.shape, jnp.float32),
+        jax.ShapeDtypeStruct(q_btnh.shape[:3], jnp.float32),
+    )
+    y_btnh, lse_btn = jax.ffi.ffi_call(PREFIX + "paged_attention", out)(
+        q_btnh, k_pages, v_pages, none if k_scale is None else k_scale, none if v_scale is None else v_scale,
+        table_bp, lengths_b, scale=np.float32(scale), softcap=np.float32(softcap or 0.0),
+        window=np.int64(window or 0), splits=np.int64(splits),
+    )  # fmt: skip
+    return y_btnh, lse_btn
+
+
+def write_rows(
+    page_r: Int32[Array, "r"], place_r: Int32[Array, "r"], pools: Sequence[Array], rows: Sequence[Array],
+    axes: Sequence[int],
+) -> list[Array]:  # fmt: skip
+    """Each pool [P, …, page, …] with `rows` [r, …] at places of pages; `axes` says where a pool counts places.
+
+    In place where the pool may be overwritten: nothing is copied that is donated or not used again. Rows whose page is
+    none of the pool are dropped.
+    """
+    out = [jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools]
+    aliases = {2 + i: i for i in range(len(pools))}
+    call = jax.ffi.ffi_call(PREFIX + "write_rows", out, input_output_aliases=aliases)
+    return list(call(page_r, place_r, *pools, *rows, axes=np.asarray(axes, np.int64)))

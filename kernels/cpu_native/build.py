@@ -16,17 +16,21 @@ import jax
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("decode.cc", "quantized.cc")
+# -ffast-math, but with infinities, which stand for hidden keys.
+FAST = ("-ffast-math", "-fno-finite-math-only")
+SOURCES: dict[str, tuple[str, ...]] = {"decode.cc": FAST, "quantized.cc": FAST, "pages.cc": ()}
+"""Files and their own flags."""
 HEADERS = ("pieces.h",)
 SWITCH = "MAXSTACK_NATIVE"
 """Environment variable: 0 does without."""
 COMPILERS = ("c++", "g++", "clang++")
-# -ffast-math, but with infinities, which stand for hidden keys.
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-ffast-math", "-fno-finite-math-only")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 # Linked apart: with -ffast-math, GCC before 13 links what makes the process that loads the library round denormal
 # numbers to 0 in all that it does, numpy included.
 LINK = ("-shared",)
-NAMES = ("rows_product", "cached_attention", "int8_product", "int4_product")
+NAMES = (
+    "rows_product", "cached_attention", "int8_product", "int4_product", "paged_attention", "write_rows",
+)  # fmt: skip
 PREFIX = "maxstack_"
 SECONDS = 120.0
 """A compiler that takes longer is given up."""
@@ -63,7 +67,7 @@ def compiled(compiler: str) -> Path:
     """The library, from the user's cache folder or compiled into it. Raises OSError, SubprocessError."""
     flags = (*FLAGS, f"-I{jax.ffi.include_dir()}")
     text = "".join((FOLDER / name).read_text() for name in (*HEADERS, *SOURCES))
-    told = f"{compiler} {' '.join((*flags, *LINK))} {jax.__version__} {processor()} {text}"
+    told = f"{compiler} {' '.join((*flags, *LINK))} {SOURCES} {jax.__version__} {processor()} {text}"
     cache = user_cache() / "maxstack" / "native"
     library = cache / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
     if library.exists():
@@ -72,8 +76,8 @@ def compiled(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         fresh = Path(folder) / library.name
         objects = [str(Path(folder) / f"{name}.o") for name in SOURCES]
-        for name, made in zip(SOURCES, objects, strict=True):
-            _run([compiler, *flags, "-c", str(FOLDER / name), "-o", made])
+        for (name, own), made in zip(SOURCES.items(), objects, strict=True):
+            _run([compiler, *flags, *own, "-c", str(FOLDER / name), "-o", made])
         _run([compiler, *LINK, *objects, "-o", str(fresh)])
         fresh.replace(library)  # another process may do the same: the last one wins
     return library

@@ -14,35 +14,6 @@
 
 namespace {
 
-// y[b, r] for B rows of x and R rows of w.
-template <int B, int R>
-inline void tile(const float* x, const float* w, float* y, int64_t k, int64_t n) {
-  Vec acc[B][R] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= k; i += kLanes) {
-    Vec row[R];
-    for (int r = 0; r < R; ++r) row[r] = load(w + r * k + i);
-    for (int b = 0; b < B; ++b) {
-      Vec part = load(x + b * k + i);
-      for (int r = 0; r < R; ++r) acc[b][r] += part * row[r];
-    }
-  }
-  for (int b = 0; b < B; ++b)
-    for (int r = 0; r < R; ++r) {
-      float s = sum(acc[b][r]);
-      for (int64_t j = i; j < k; ++j) s += x[b * k + j] * w[r * k + j];
-      y[b * n + r] = s;
-    }
-}
-
-template <int R>
-void columns(const float* x, const float* w, float* y, int64_t rows, int64_t k, int64_t n) {
-  int64_t b = 0;
-  for (; b + 4 <= rows; b += 4) tile<4, R>(x + b * k, w, y + b * n, k, n);
-  for (; b + 2 <= rows; b += 2) tile<2, R>(x + b * k, w, y + b * n, k, n);
-  for (; b < rows; ++b) tile<1, R>(x + b * k, w, y + b * n, k, n);
-}
-
 constexpr int64_t kPieceBytes = 1 << 17;  // of weights: some tens of microseconds
 
 }  // namespace
@@ -50,17 +21,8 @@ constexpr int64_t kPieceBytes = 1 << 17;  // of weights: some tens of microsecon
 // x [t, i], w [o, i] -> y [t, o] = x w^T
 static ffi::Error RowsProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w,
                               ffi::ResultBuffer<ffi::F32> y) {
-  int64_t rows = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
-  const float *xp = x.typed_data(), *wp = w.typed_data();
-  float* yp = y->typed_data();
-  int64_t block = std::max<int64_t>(4, kPieceBytes / (4 * k) / 4 * 4), pieces = (n + block - 1) / block;
-  deal(pool, pieces, [=](int64_t i) {
-    int64_t o = i * block, end = std::min(n, o + block);
-    if (rows == 1)
-      for (; o + 4 <= end; o += 4) columns<4>(xp, wp + o * k, yp + o, rows, k, n);
-    for (; o + 2 <= end; o += 2) columns<2>(xp, wp + o * k, yp + o, rows, k, n);
-    for (; o < end; ++o) columns<1>(xp, wp + o * k, yp + o, rows, k, n);
-  });
+  few_rows<float>(pool, x.typed_data(), w.typed_data(), nullptr, y->typed_data(), x.dimensions()[0], x.dimensions()[1],
+                  w.dimensions()[0], kPieceBytes);
   return ffi::Error::Success();
 }
 

@@ -1,4 +1,5 @@
-// What the operations share: vectors as wide as the processor's, and work dealt out on XLA's own threads.
+// What the operations share: vectors as wide as the processor's, products of few rows, and work dealt out on XLA's own
+// threads.
 
 #ifndef MAXSTACK_PIECES_H_
 #define MAXSTACK_PIECES_H_
@@ -6,8 +7,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <thread>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -21,13 +27,120 @@ constexpr int kLanes = 16;
 constexpr int kLanes = 8;
 #endif
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
+struct Bf16 {
+  uint16_t bits;
+};
+
+inline float value_of(float x) { return x; }
+inline float value_of(int8_t x) { return x; }
+inline float value_of(Bf16 x) {
+  uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+// kLanes int8 as int32.
+inline Ints ints(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  Ints v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+inline Vec converted(Ints v) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps((__m512i)v);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps((__m256i)v);
+#else
+  return (Vec)__builtin_convertvector(v, Vec);
+#endif
+}
+
+// kLanes numbers as float.
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline Vec load(const int8_t* p) { return converted(ints(p)); }
+inline Vec load(const Bf16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = value_of(p[i]);
+  return v;
+#endif
+}
+
+inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+
+// a b + c. Not left to the compiler, which may take an addition apart under -ffast-math.
+inline Vec add_product(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+#if defined(__AVX2__)
+inline __m256 folded(Vec v) {
+#if defined(__AVX512F__)
+  __m512d wide = _mm512_castps_pd((__m512)v);
+  return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm256_castpd_ps(_mm512_extractf64x4_pd(wide, 1)));
+#else
+  return (__m256)v;
+#endif
+}
+#endif
+
+// The sums of four vectors, each in the same order.
+inline void sums(Vec a, Vec b, Vec c, Vec d, float* to) {
+#if defined(__AVX2__)
+  __m256 ab = _mm256_hadd_ps(folded(a), folded(b)), cd = _mm256_hadd_ps(folded(c), folded(d));
+  __m256 all = _mm256_hadd_ps(ab, cd);
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#else
+  Vec from[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i)
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+      for (int j = 0; j < step; ++j) from[i][j] += from[i][j + step];
+      to[i] = from[i][0];
+    }
+#endif
+}
 
 inline float sum(Vec v) {
-  float s = 0;
-  for (int i = 0; i < kLanes; ++i) s += v[i];
-  return s;
+  float four[4];
+  sums(v, v, v, v, four);
+  return four[0];
+}
+
+// Adds to `acc` the products of B rows of x and R rows of w, lane by lane, as far as whole vectors of the `k` numbers
+// go. Returns how far.
+template <int B, int R, typename W>
+inline int64_t add_products(const float* x, int64_t x_stride, const W* w, int64_t w_stride, int64_t k,
+                            Vec (&acc)[B][R]) {
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) {
+    Vec row[R];
+    for (int r = 0; r < R; ++r) row[r] = load(w + r * w_stride + i);
+    for (int b = 0; b < B; ++b) {
+      Vec part = load(x + b * x_stride + i);
+      for (int r = 0; r < R; ++r) acc[b][r] = add_product(part, row[r], acc[b][r]);
+    }
+  }
+  return i;
 }
 
 // Runs piece(0) ... piece(pieces - 1), each once, on this thread and those of the pool that are free.
@@ -50,6 +163,44 @@ void deal(ffi::ThreadPool& pool, int64_t pieces, Piece piece) {
   for (int turns = 0; shared->done.load() < pieces; ++turns) {
     if (turns > 1000) std::this_thread::yield();
   }
+}
+
+// y[b, r] = scale[r] sum x[b] w[r] for B rows of x and R rows of w; no scale: 1.
+template <int B, int R, typename W>
+inline void tile(const float* x, const W* w, const float* scale, float* y, int64_t k, int64_t n) {
+  Vec acc[B][R] = {};
+  int64_t end = add_products(x, k, w, k, k, acc);
+  for (int b = 0; b < B; ++b)
+    for (int r = 0; r < R; ++r) {
+      float s = sum(acc[b][r]);
+      for (int64_t i = end; i < k; ++i) s += x[b * k + i] * value_of(w[r * k + i]);
+      y[b * n + r] = scale ? s * scale[r] : s;
+    }
+}
+
+template <int R, typename W>
+void columns(const float* x, const W* w, const float* scale, float* y, int64_t rows, int64_t k, int64_t n) {
+  int64_t b = 0;
+  for (; b + 4 <= rows; b += 4) tile<4, R>(x + b * k, w, scale, y + b * n, k, n);
+  for (; b + 2 <= rows; b += 2) tile<2, R>(x + b * k, w, scale, y + b * n, k, n);
+  for (; b < rows; ++b) tile<1, R>(x + b * k, w, scale, y + b * n, k, n);
+}
+
+// y [rows, n] = x [rows, k] w^T [n, k], each row of w times its scale if there are any. Each row of w is loaded once
+// for all rows of x, as pieces of `piece_bytes` are small enough to stay in a cache.
+template <typename W>
+void few_rows(ffi::ThreadPool& pool, const float* x, const W* w, const float* scale, float* y, int64_t rows, int64_t k,
+              int64_t n, int64_t piece_bytes) {
+  int64_t row_bytes = std::max<int64_t>(1, k * sizeof(W));
+  int64_t block = std::max<int64_t>(4, piece_bytes / row_bytes / 4 * 4), pieces = (n + block - 1) / block;
+  deal(pool, pieces, [=](int64_t i) {
+    int64_t o = i * block, end = std::min(n, o + block);
+    auto at = [&](int64_t r) { return scale ? scale + r : nullptr; };
+    if (rows == 1)
+      for (; o + 4 <= end; o += 4) columns<4>(x, w + o * k, at(o), y + o, rows, k, n);
+    for (; o + 2 <= end; o += 2) columns<2>(x, w + o * k, at(o), y + o, rows, k, n);
+    for (; o < end; ++o) columns<1>(x, w + o * k, at(o), y + o, rows, k, n);
+  });
 }
 
 }  // namespace

@@ -9,10 +9,6 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include "pieces.h"
 
 namespace {
@@ -20,65 +16,13 @@ namespace {
 constexpr int64_t kPieceBytes = 1 << 15;   // of weights: some microseconds
 constexpr int64_t kCachedBytes = 3 << 13;  // of activations: most of a first cache
 
-// kLanes int8 as float.
-inline Vec widened(const int8_t* p) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif defined(__AVX2__)
-  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#else
-  Vec v;
-  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
-  return v;
-#endif
-}
-
-// y[b, r] for B rows of x and R rows of w.
-template <int B, int R>
-inline void int8_tile(const float* x, const int8_t* w, const float* scale, float* y, int64_t k, int64_t n) {
-  Vec acc[B][R] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= k; i += kLanes) {
-    Vec row[R];
-    for (int r = 0; r < R; ++r) row[r] = widened(w + r * k + i);
-    for (int b = 0; b < B; ++b) {
-      Vec part = load(x + b * k + i);
-      for (int r = 0; r < R; ++r) acc[b][r] += part * row[r];
-    }
-  }
-  for (int b = 0; b < B; ++b)
-    for (int r = 0; r < R; ++r) {
-      float s = sum(acc[b][r]);
-      for (int64_t j = i; j < k; ++j) s += x[b * k + j] * w[r * k + j];
-      y[b * n + r] = s * scale[r];
-    }
-}
-
-template <int R>
-void int8_columns(const float* x, const int8_t* w, const float* scale, float* y, int64_t rows, int64_t k, int64_t n) {
-  int64_t b = 0;
-  for (; b + 4 <= rows; b += 4) int8_tile<4, R>(x + b * k, w, scale, y + b * n, k, n);
-  for (; b + 2 <= rows; b += 2) int8_tile<2, R>(x + b * k, w, scale, y + b * n, k, n);
-  for (; b < rows; ++b) int8_tile<1, R>(x + b * k, w, scale, y + b * n, k, n);
-}
-
 }  // namespace
 
 // x [t, k], w [n, k], scale [1, n] -> y [t, n] = x (w scale)^T
 static ffi::Error Int8Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> w,
                               ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> y) {
-  int64_t rows = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
-  const float *xp = x.typed_data(), *sp = scale.typed_data();
-  const int8_t* wp = w.typed_data();
-  float* yp = y->typed_data();
-  int64_t block = std::max<int64_t>(4, kPieceBytes / k / 4 * 4), pieces = (n + block - 1) / block;
-  deal(pool, pieces, [=](int64_t i) {
-    int64_t o = i * block, end = std::min(n, o + block);
-    if (rows == 1)
-      for (; o + 4 <= end; o += 4) int8_columns<4>(xp, wp + o * k, sp + o, yp + o, rows, k, n);
-    for (; o + 2 <= end; o += 2) int8_columns<2>(xp, wp + o * k, sp + o, yp + o, rows, k, n);
-    for (; o < end; ++o) int8_columns<1>(xp, wp + o * k, sp + o, yp + o, rows, k, n);
-  });
+  few_rows<int8_t>(pool, x.typed_data(), w.typed_data(), scale.typed_data(), y->typed_data(), x.dimensions()[0],
+                   x.dimensions()[1], w.dimensions()[0], kPieceBytes);
   return ffi::Error::Success();
 }
 
@@ -96,35 +40,13 @@ constexpr int64_t kChunk = 8 * kLanes, kChunkBytes = kChunk / 2;
 constexpr int64_t kLaid = 9 * kLanes;  // floats of x a chunk
 constexpr uint32_t kSigns = 0x88888888u;
 
-// Not left to the compiler, which may take an addition apart under -ffast-math.
-inline Vec add_product(Vec a, Vec b, Vec c) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
-inline Vec converted(Words words) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_cvtepi32_ps((__m512i)words);
-#elif defined(__AVX2__)
-  return (Vec)_mm256_cvtepi32_ps((__m256i)words);
-#else
-  typedef int32_t Signed __attribute__((vector_size(kLanes * 4)));
-  return (Vec)__builtin_convertvector((Signed)words, Vec);
-#endif
-}
-
 // (q + 8) 16^J, but for the last one q + 8: its mask would be a sign.
 template <int J>
 inline Vec value(Words words) {
   if constexpr (J == 7)
-    return converted(words >> 28);
+    return converted((Ints)(words >> 28));
   else
-    return converted(words & (0xFu << (4 * J)));
+    return converted((Ints)(words & (0xFu << (4 * J))));
 }
 
 inline Words words_at(const uint8_t* p, int64_t bytes) {
@@ -223,13 +145,6 @@ void int4_columns(const Int4& s, const float* x, const uint8_t* w, const float* 
   run(std::integral_constant<int, 1>{});
 }
 
-inline float from_bf16(uint16_t bits) {
-  uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
-}
-
 // By what value j of a word is too large, upside down.
 constexpr float kPart[8] = {1,           1.0f / 16,        1.0f / 256,        1.0f / 4096, 1.0f / 65536,
                             1.0f / 1048576, 1.0f / 16777216, 1};
@@ -251,16 +166,16 @@ std::vector<float> laid_out(const float* x, const Int4& s) {
 }
 
 // Numbers [groups, n] of the outputs [o, end) as [output, group], padded to whole chunks.
-void turned(const uint16_t* from, int64_t from_groups, const Int4& s, int64_t o, int64_t end,
+void turned(const Bf16* from, int64_t from_groups, const Int4& s, int64_t o, int64_t end,
             std::vector<float>& to) {
   to.assign((end - o) * s.groups + kLanes, 0.0f);
   for (int64_t g = 0; g < from_groups; ++g)
-    for (int64_t r = o; r < end; ++r) to[(r - o) * s.groups + g] = from_bf16(from[g * s.n + r]);
+    for (int64_t r = o; r < end; ++r) to[(r - o) * s.groups + g] = value_of(from[g * s.n + r]);
 }
 
 template <int kGroup, bool kZeros>
-void int4_pieces(ffi::ThreadPool& pool, Int4 s, const float* x, const uint8_t* w, const uint16_t* scale,
-                  const uint16_t* zero, float* y) {
+void int4_pieces(ffi::ThreadPool& pool, Int4 s, const float* x, const uint8_t* w, const Bf16* scale,
+                  const Bf16* zero, float* y) {
   int64_t groups = (s.k + kGroup - 1) / kGroup;
   s.groups = std::max<int64_t>(groups, s.chunks * std::max<int64_t>(1, kChunk / kGroup));
   auto laid = std::make_shared<std::vector<float>>(laid_out(x, s));
@@ -300,8 +215,8 @@ static ffi::Error Int4Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi
                               ffi::ResultBuffer<ffi::F32> y, int64_t group) {
   int64_t rows = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
   Int4 s{rows, k, n, (k + kChunk - 1) / kChunk, (k + 1) / 2, 0, 0, 0};
-  const auto* sp = reinterpret_cast<const uint16_t*>(scale.untyped_data());
-  const auto* zp = reinterpret_cast<const uint16_t*>(zero.untyped_data());
+  const auto* sp = reinterpret_cast<const Bf16*>(scale.untyped_data());
+  const auto* zp = reinterpret_cast<const Bf16*>(zero.untyped_data());
   bool zeros = zero.element_count() > 0;
   auto run = [&](auto of_group) {
     constexpr int kGroup = decltype(of_group)::value;

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from maxstack.kernels import Unsupported
 from maxstack.kernels.dispatch import choose
-from maxstack.kernels.paged_attention import mosaic_gpu, mosaic_tpu, plan, reference, xla
+from maxstack.kernels.paged_attention import mosaic_gpu, mosaic_tpu, native, plan, reference, xla
 from maxstack.kernels.paged_attention.cache import (
     KVCache,
     LatentCache,
@@ -33,10 +33,10 @@ __all__ = [
     "init_latent_cache", "latent_paged_attention", "paged_attention",
 ]  # fmt: skip
 
-Implementation = Literal["auto", "xla", "reference", "mosaic_gpu", "mosaic_tpu"]
+Implementation = Literal["auto", "xla", "reference", "cpu_native", "mosaic_gpu", "mosaic_tpu"]
 # Best first.
 BACKENDS: dict[str, ModuleType] = {
-    "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "xla": xla, "reference": reference,
+    "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "cpu_native": native, "xla": xla, "reference": reference,
 }  # fmt: skip
 
 

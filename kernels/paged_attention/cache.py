@@ -8,7 +8,8 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
-from maxstack.kernels import dispatch
+from maxstack.kernels import cpu_native, dispatch
+from maxstack.kernels.sharded import varying, varying_over
 
 PageType = Literal["bfloat16", "float32", "int8", "int4"]
 Table = Int[Array, "b p"] | Int[np.ndarray, "b p"]
@@ -187,15 +188,25 @@ def _slots(shape, page_table_bp, lengths_b, counts_b, pool: int, page: int):
 def _written(slots, pools, new, axes):
     """`pools` with `new` [b, t, …] at `slots`; `axes` says where each pool counts tokens."""
     page, place = slots
+    rows = [new.reshape(-1, *new.shape[2:]).astype(pool.dtype) for pool, new in zip(pools, new, strict=True)]
+    if _in_place(pools):
+        arrays = (page, place, *pools, *rows)
+        written = cpu_native.write_rows(page.astype(jnp.int32), place.astype(jnp.int32), pools, rows, axes)
+        return tuple(varying_over(frozenset().union(*map(varying, arrays)), written))
 
-    def put(pool, new, axis):
-        rows = new.reshape(-1, *new.shape[2:]).astype(pool.dtype)
+    def put(pool, rows, axis):
         if dispatch.chip().platform == "tpu":
             return _written_one_by_one(pool, rows, page, place, axis)
         at = (page, *(slice(None),) * (axis - 1), place)
         return pool.at[at].set(rows, mode="drop", unique_indices=True)
 
-    return tuple(put(*each) for each in zip(pools, new, axes, strict=True))
+    return tuple(put(*each) for each in zip(pools, rows, axes, strict=True))
+
+
+def _in_place(pools) -> bool:
+    """Whether the C++ part writes. XLA for the CPU writes in place only where nothing in the program reads the pool."""
+    whole_bytes = all(pool.dtype != jnp.int4 for pool in pools)
+    return dispatch.chip().platform == "cpu" and whole_bytes and cpu_native.available()
 
 
 def _written_one_by_one(pool, rows, page, place, axis: int):

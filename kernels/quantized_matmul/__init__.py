@@ -9,7 +9,15 @@ from jaxtyping import Array, Float
 
 from maxstack.kernels import Unsupported
 from maxstack.kernels.dispatch import chip, choose, only_on
-from maxstack.kernels.quantized_matmul import mosaic_gpu, mosaic_tpu, native, reference, xla
+from maxstack.kernels.quantized_matmul import (
+    mosaic_gpu,
+    mosaic_gpu_int8,
+    mosaic_tpu,
+    native,
+    reference,
+    xla,
+)
+from maxstack.kernels.quantized_matmul.layout import lay_out
 from maxstack.kernels.quantized_matmul.weight import (
     KINDS,
     Kind,
@@ -19,7 +27,7 @@ from maxstack.kernels.quantized_matmul.weight import (
     quantize,
     stored,
 )  # fmt: skip
-from maxstack.kernels.sharded import explicit_mesh, varying, varying_over
+from maxstack.kernels.sharded import varying, varying_over
 
 __all__ = [
     "KINDS", "Activations", "Implementation", "Kind", "QuantizedWeight", "Storage", "dequantize", "quantize",
@@ -40,30 +48,51 @@ def quantized_matmul(
     Products are summed in float32. With `activations` "int8" each token of x is rounded to int8 on the way in, and
     products of int8 are summed exactly: for weights of int8, where arithmetic and not memory is the limit.
 
-    The gradient is that of x; a weight is frozen and gets none. Works on local arrays: on a mesh with explicit axes
-    call it inside `jax.shard_map`. Raises ValueError for shapes that disagree, TypeError for types, Unsupported for
-    arrays on such a mesh and when the named implementation cannot serve the call.
+    The gradient is that of x; a weight is frozen and gets none. On a mesh with explicit axes each device multiplies
+    what it holds: the result is cut as x's tokens and the weight's outputs are, sums over inputs that are cut are added
+    up, and the weight is gathered along axes that cut the tokens too. Raises ValueError for shapes that disagree,
+    TypeError for types, Unsupported when the named implementation cannot serve the call.
     """
     check(x, w, activations)
+    layout, x, w = lay_out(x, w)
+    dtype = jnp.dtype(dtype or x.dtype)
+    if layout is None:
+        return local_product(x, w, implementation, activations, dtype, ())
+
+    def held(x: Array, w: QuantizedWeight) -> Array:
+        # What is added up over devices is float32 until it is.
+        own = jnp.dtype(jnp.float32) if layout.inputs else dtype
+        y = local_product(x, layout.held(w), implementation, activations, own, layout.inputs)
+        return jax.lax.psum(y, layout.inputs).astype(dtype) if layout.inputs else y
+
+    return jax.shard_map(held, mesh=layout.mesh, in_specs=(layout.x, layout.weight(w)), out_specs=layout.y)(x, w)
+
+
+def local_product(
+    x: Array, w: QuantizedWeight, implementation: Implementation, activations: Activations, dtype: jnp.dtype,
+    over: tuple[str, ...],
+) -> Array:  # fmt: skip
+    """The product of what one device holds, which are parts of sums `over` mesh axes."""
     x_tk = x.reshape(-1, w.inputs)
     backends = declined(x_tk, w, activations)
-    if implementation == "auto":
+    if implementation == "auto" and activations == "float":
         backends["mosaic_gpu"] = backends["mosaic_gpu"] or mosaic_gpu.worth(x_tk.shape[0])
     taken = choose(NAME, implementation, backends, named_only=("reference",))
     # Inside `jax.shard_map`: where the weight is cut and x is whole, x's gradient is summed over the devices by the
     # transpose of this, outside of the custom derivative.
     axes = frozenset().union(*map(varying, (x_tk, *jax.tree.leaves(w))))
     x_tk, w = varying_over(axes, (x_tk, w))
-    y_tn = product(taken, activations, jnp.dtype(dtype or x.dtype), x_tk, w)
+    y_tn = product(taken, activations, dtype, over, x_tk, w)
     return y_tn.reshape(*x.shape[:-1], w.outputs)
 
 
 def declined(x_tk: Array, w: QuantizedWeight, activations: Activations) -> dict[str, str | None]:
     """The backends, best first, each with why it cannot serve this call."""
     rounding = "it takes activations as they are" if activations == "int8" else None
+    hopper_form = mosaic_gpu_int8 if activations == "int8" else mosaic_gpu
     return {
         "mosaic_tpu": only_on("tpu") or int8_on(chip().name, activations) or mosaic_tpu.declined(x_tk, w),
-        "mosaic_gpu": only_on("gpu") or hopper() or rounding or mosaic_gpu.declined(x_tk, w),
+        "mosaic_gpu": only_on("gpu") or hopper() or hopper_form.declined(x_tk, w),
         "cpu_native": only_on("cpu") or rounding or native.declined(x_tk.shape[0], w),
         "xla": None,
         "reference": rounding,
@@ -83,13 +112,17 @@ def int8_on(name: str, activations: Activations) -> str | None:
     return None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def product(taken: str, activations: Activations, dtype: jnp.dtype, x_tk: Array, w: QuantizedWeight) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def product(
+    taken: str, activations: Activations, dtype: jnp.dtype, over: tuple[str, ...], x_tk: Array, w: QuantizedWeight
+) -> Array:  # fmt: skip
     """The product by the backend `taken`. No token: nothing to do."""
     if x_tk.shape[0] == 0:
         return varying_over(varying(x_tk), jnp.zeros((0, w.outputs), dtype))
     if activations == "int8":
-        q_tk, scale_t = xla.rounded_rows(x_tk)
+        q_tk, scale_t = xla.rounded_rows(x_tk, over)
+        if taken == "mosaic_gpu":
+            return mosaic_gpu_int8.int8_product(q_tk, scale_t, w, dtype)
         form = mosaic_tpu.int8_product if taken == "mosaic_tpu" else xla.int8_product
         return form(q_tk, scale_t, w).astype(dtype)
     forms = {
@@ -104,15 +137,16 @@ def product(taken: str, activations: Activations, dtype: jnp.dtype, x_tk: Array,
 
 
 def forward(
-    taken: str, activations: Activations, dtype: jnp.dtype, x_tk: Array, w: QuantizedWeight
+    taken: str, activations: Activations, dtype: jnp.dtype, over: tuple[str, ...], x_tk: Array, w: QuantizedWeight
 ) -> tuple[Array, tuple[Array, QuantizedWeight]]:
     """The product, and what the gradient of x needs: of x its type alone."""
-    return product(taken, activations, dtype, x_tk, w), (x_tk[:0], w)
+    return product(taken, activations, dtype, over, x_tk, w), (x_tk[:0], w)
 
 
 def backward(
-    taken: str, activations: Activations, dtype: jnp.dtype, kept: tuple[Array, QuantizedWeight], dy_tn: Array
-) -> tuple[Array, None]:
+    taken: str, activations: Activations, dtype: jnp.dtype, over: tuple[str, ...],
+    kept: tuple[Array, QuantizedWeight], dy_tn: Array,
+) -> tuple[Array, None]:  # fmt: skip
     """The gradient of x, as if it had not been rounded; the weight is frozen."""
     typed, w = kept
     return xla.transposed(dy_tn.astype(typed.dtype), w).astype(typed.dtype), None
@@ -148,7 +182,3 @@ def check(x: Array, w: QuantizedWeight, activations: str) -> None:
         raise Unsupported(
             f"{NAME}: activations in int8 go with weights in int8, not in {w.bits} bits; leave them float"
         )
-    mesh = explicit_mesh(x, *jax.tree.leaves(w))
-    if mesh is not None and mesh.size > 1:
-        cut = ", ".join(str(jax.typeof(a)) for a in (x, *jax.tree.leaves(w)))
-        raise Unsupported(f"{NAME}: {cut} lie on a mesh; call it inside jax.shard_map, on local arrays")

@@ -133,10 +133,11 @@ def parts_of(w: QuantizedWeight):
         )
 
 
-def rounded_rows(x_tk: Float[Array, "t k"]) -> tuple[Array, Array]:
-    """x in int8 with one scale [t] a token."""
+def rounded_rows(x_tk: Float[Array, "t k"], over: tuple[str, ...] = ()) -> tuple[Array, Array]:
+    """x in int8 with one scale [t] a token, whose inputs may be cut `over` mesh axes."""
     wide = x_tk.astype(jnp.float32)
-    scale_t = jnp.max(jnp.abs(wide), -1) / LARGEST_INT8
+    most_t = jnp.max(jnp.abs(wide), -1)
+    scale_t = (jax.lax.pmax(most_t, over) if over else most_t) / LARGEST_INT8
     step = jnp.where(scale_t == 0, 1.0, scale_t)[:, None]
     return jnp.round(wide / step).astype(jnp.int8), scale_t
 

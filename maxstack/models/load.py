@@ -37,10 +37,6 @@ def load(
     """
     if weights is not None and weights not in KINDS:
         raise UserError(f"weights {weights!r} are not known; these are: {', '.join(KINDS)}")
-    if weights is not None and mesh is not None:
-        raise UserError(
-            f"weights {weights!r} on a mesh: packed weights are not cut over devices yet; leave out one of the two"
-        )
     place = place_of(name_or_path)
     if is_run(place):
         if mesh is not None:

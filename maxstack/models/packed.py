@@ -1,12 +1,14 @@
 """Layers with a weight in few bits, as `packing` makes them."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from maxstack import sharding
 from maxstack.kernels.quantized_matmul import QuantizedWeight, dequantize, quantized_matmul
-from maxstack.models.layers import Buffer, Linear
+from maxstack.models.layers import Buffer, Linear, operand
 
 ARRAYS = ("values", "scale")
 
@@ -16,11 +18,17 @@ class Packed(Buffer):
 
 
 class PackedMatrix(nnx.Module):
-    """A matrix [N outputs, K inputs] in few bits. Stacked copies have further axes in front."""
+    """A matrix [N outputs, K inputs] in few bits. Stacked copies have further axes in front.
 
-    def __init__(self, w: QuantizedWeight):
+    `axes` are the logical axes, outputs and inputs last: of several that make one together, the slowest, which alone
+    may be cut over devices.
+    """
+
+    def __init__(self, w: QuantizedWeight, axes: tuple[str, ...] = ("whole", "whole")):
         # No zero points: rounding to nearest loads without them, and calibrated schemes have their own modules.
-        self.values, self.scale = (Packed(getattr(w, name), axes=("whole", "whole")) for name in ARRAYS)
+        *front, outputs, inputs = axes
+        self.values = Packed(w.values, axes=axes)
+        self.scale = Packed(w.scale, axes=(*front, "whole" if w.group == w.inputs else inputs, outputs))
         self.inputs, self.group = w.inputs, w.group
 
     @property
@@ -33,8 +41,8 @@ class PackedMatrix(nnx.Module):
         return quantized_matmul(x, self.weight, dtype=dtype)
 
     def whole(self, dtype: jnp.dtype) -> Float[Array, "n k"]:
-        """The matrix in full precision."""
-        return dequantize(self.weight, dtype)
+        """The matrix in full precision; on a mesh every device gets all of it, gathered in few bits."""
+        return dequantize(jax.tree.map(sharding.whole, self.weight), dtype)
 
 
 class PackedLinear(nnx.Module):
@@ -43,13 +51,14 @@ class PackedLinear(nnx.Module):
     def __init__(self, linear: Linear, w: QuantizedWeight):
         own = linear.w[...].shape[linear.w[...].ndim - len(linear.axes) :]
         self.inputs, self.outputs = own[: linear.contract], own[linear.contract :]
-        self.w, self.b = PackedMatrix(w), linear.b
+        self.axes = linear.axes[linear.contract :]
+        self.w, self.b = PackedMatrix(w, (self.axes[0], linear.axes[0])), linear.b
 
     def __call__(self, x: Float[Array, "b t ..."]) -> Float[Array, "b t ..."]:
-        y = checkpoint_name(self.w(x.reshape(*x.shape[:2], -1)), "product").reshape(
-            *x.shape[:2], *self.outputs
-        )
-        return y if self.b is None else (y + self.b[...].astype(jnp.float32)).astype(y.dtype)
+        y = checkpoint_name(self.w(x.reshape(*x.shape[:2], -1)), "product")
+        cut = sharding.activation_spec("batch", "sequence", *self.axes)
+        y = jax.lax.reshape(y, (*x.shape[:2], *self.outputs), out_sharding=cut)
+        return y if self.b is None else (y + operand(self.b, jnp.dtype(jnp.float32))).astype(y.dtype)
 
     def matrix(self, dtype: jnp.dtype) -> Float[Array, "..."]:
         """As `Linear.matrix`."""

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
+from maxstack import sharding
 from maxstack.config import UserError
 from maxstack.kernels.dispatch import chip
 from maxstack.kernels.quantized_matmul import KINDS, Kind, QuantizedWeight, Storage, quantize
@@ -45,8 +47,11 @@ class Place(NamedTuple):
 class Packing:
     """How the leaves of a model become those of its packed form, one after the other."""
 
-    def __init__(self, abstract: Transformer, kind: Kind):
-        """`abstract` has shapes in place of arrays. Raises UserError for an unknown kind."""
+    def __init__(self, abstract: Transformer, kind: Kind, mesh: Mesh | None = None):
+        """`abstract` has shapes in place of arrays; what is packed is cut over the devices of `mesh`.
+
+        Raises UserError for an unknown kind, and for what does not divide by the mesh.
+        """
         if kind not in KINDS:
             raise UserError(f"weights {kind!r} are not known; these are: {', '.join(KINDS)}")
         self.kind = kind
@@ -54,6 +59,17 @@ class Packing:
         self.places = {f"{name}.w": place_of(name, linear, kind) for name, linear in linears(abstract)}
         self.places |= head_place(abstract)
         self.abstract: Transformer = jax.eval_shape(lambda model: packed_form(model, self), abstract)
+        self.homes = None if mesh is None else homes_of(self.abstract, mesh)
+
+    @property
+    def read_on(self) -> dict[str, Sharding]:
+        """Where the leaves that are packed are read to, one after the other, before they are cut over a mesh: the
+        host's memory where jax may use it, since no single chip need have room for one."""
+        try:
+            host = jax.local_devices(backend="cpu")[0]
+        except RuntimeError:  # jax was told to know accelerators only
+            host = jax.local_devices()[0]
+        return dict.fromkeys(self.places, SingleDeviceSharding(host))
 
     def __call__(self, leaf: str, array: jax.Array) -> dict[str, jax.Array]:
         """What the packed model has in place of a leaf, by name.
@@ -74,8 +90,8 @@ class Packing:
                     f"{leaf} has weights that are not finite: they cannot be rounded to {place.kind}"
                 )
             whole = arrays[0] if not stacked else np.stack(arrays).reshape(*stacked, *arrays[0].shape)
-            found[f"{place.packed}.{name}"] = jnp.asarray(whole)
-        return found
+            found[f"{place.packed}.{name}"] = jnp.asarray(whole) if self.homes is None else whole
+        return found if self.homes is None else {key: jax.device_put(a, self.homes[key]) for key, a in found.items()}
 
 
 def place_of(name: str, linear: Linear, kind: Kind) -> Place:
@@ -145,6 +161,30 @@ def parts(module: Any) -> Iterator[tuple[str, Any]]:
         )
 
 
+def homes_of(abstract: Transformer, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where each leaf of a packed model goes: cut as parameters are, but for inputs of which no device would have
+    whole groups. UserError if a leaf cannot be cut."""
+    homes = sharding.weight_shardings(mesh, tree.axes(abstract), "parameters", 3)
+    for name, matrix in matrices(abstract):
+        values, scale = (f"{name}.{array}" for array in ARRAYS)
+        *stacked, outputs, inputs = homes[values].spec
+        ways = sharding.parts(mesh, inputs)
+        if matrix.inputs % (ways * matrix.group) and matrix.group != matrix.inputs:
+            homes[values] = NamedSharding(mesh, jax.P(*stacked, outputs, None))
+            homes[scale] = NamedSharding(mesh, jax.P(*stacked, None, outputs))
+    sharding.check_divides({leaf: a.shape for leaf, a in tree.leaves(abstract).items()}, homes)
+    return homes
+
+
+def matrices(module: Any, name: str = "") -> Iterator[tuple[str, PackedMatrix]]:
+    """Every packed matrix by dotted name."""
+    if isinstance(module, PackedMatrix):
+        yield name, module
+        return
+    for part, value in parts(module):
+        yield from matrices(value, f"{name}.{part}" if name else part)
+
+
 def packed_form(model: Transformer, packing: Packing) -> Transformer:
     """The packed model all at once, for its shapes."""
 
@@ -159,7 +199,7 @@ def packed_form(model: Transformer, packing: Packing) -> Transformer:
         for name, linear in linears(model)
     }
     ((leaf, place),) = head_place(model).items()
-    changes["head"] = PackedMatrix(weight(tree.leaves(model)[leaf], place))
+    changes["head"] = PackedMatrix(weight(tree.leaves(model)[leaf], place), ("vocab", "embed"))
     return tree.replace(model, changes)
 
 

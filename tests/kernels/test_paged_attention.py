@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maxstack.kernels import Unsupported
+from maxstack.kernels import Unsupported, cpu_native
 from maxstack.kernels.dispatch import Chip, compiling_for
 from maxstack.kernels.paged_attention import (
     append_kv,
@@ -26,6 +26,7 @@ from tests.kernels.paged import PAGE_TYPES, brute_force, held, latent_cache, mov
 # Float32 against float64: a few roundings of sums of tens of terms of size 1.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 LENGTHS = (0, 1, 9, 32)
+HERE = ["xla", "reference", *(["cpu_native"] if cpu_native.available() else [])]
 SINKS = np.array([0.3, -1.0, 0.0, 2.0])
 run = jax.jit(
     paged_attention,
@@ -39,9 +40,11 @@ CASES = [("float32", *pair) for pair in PAIRS] + [
 ]
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize(("kind", "t", "window", "softcap", "sunk"), CASES)
 def test_every_option_pair_equals_brute_force(implementation, kind, t, window, softcap, sunk):
+    if implementation == "cpu_native" and kind == "int4":
+        pytest.skip("it takes two int4 a byte")
     made = paged(LENGTHS, kind=kind)
     q = queries(4, t, 4, 8)
     options = {"window": window, "softcap": softcap, "scale": 0.5}
@@ -63,11 +66,15 @@ def test_every_option_pair_equals_brute_force(implementation, kind, t, window, s
     splits=st.sampled_from([1, 3]),
     t=st.sampled_from([1, 9]),
     seed=st.integers(0, 99),
+    implementation=st.sampled_from(["auto", "xla"]),
 )
-def test_any_lengths_windows_and_splits_equal_brute_force(lengths, window, splits, t, seed):
+def test_any_lengths_windows_and_splits_equal_brute_force(lengths, window, splits, t, seed, implementation):
     made, q = paged(lengths, seed=seed), queries(3, t, 2, 8, seed=seed)
     wanted = brute_force(np.asarray(q, np.float64), made.k, made.v, lengths, window=window)
-    found = run(q, made.cache, made.table, made.lengths, window=window, splits=splits, return_lse=True)
+    found = run(
+        q, made.cache, made.table, made.lengths, window=window, splits=splits, return_lse=True,
+        implementation=implementation,
+    )  # fmt: skip
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, **CLOSE)
 
@@ -98,7 +105,7 @@ def test_splits_change_roundings_alone():
         np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("implementation", HERE)
 def test_bad_entries_hide_their_positions_and_show_no_other_sequence(implementation):
     made, q = paged((20, 32)), queries(2, 1, 4, 8)
     table = made.table.copy()
@@ -110,7 +117,7 @@ def test_bad_entries_hide_their_positions_and_show_no_other_sequence(implementat
         np.testing.assert_allclose(one, other, **CLOSE)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("implementation", HERE)
 def test_positions_past_the_table_do_not_exist(implementation):
     made, q = paged((32, 32)), queries(2, 2, 4, 8)
     lengths = np.array([32, 40], np.int32)

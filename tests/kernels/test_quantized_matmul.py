@@ -265,3 +265,61 @@ def test_each_chip_says_why_it_declines():
             quantized_matmul(x, w, implementation=name)
     with compiling_for(Chip("tpu", "v5e")), pytest.raises(Unsupported, match=r"multiples of 128"):
         quantized_matmul(x, stored(w, "int4"), implementation="mosaic_tpu")
+
+
+def placed(mesh, array, *spec):
+    return jax.device_put(array, jax.NamedSharding(mesh, jax.P(*spec)))
+
+
+# (tokens, inputs, outputs): over which axes; a second one for x's inputs where they come cut otherwise.
+LAYOUTS = [
+    (None, None, "tensor"),
+    (None, "tensor", None),
+    ("data", "tensor", None),
+    ("data", "data", "tensor"),  # gathered along what cuts the tokens
+    ("data", None, ("tensor", "data")),
+]
+
+
+@pytest.mark.parametrize("tokens_inputs_outputs", LAYOUTS)
+@pytest.mark.parametrize(("kind", "zeros"), [("int8", False), ("int4-g32", True)])
+def test_a_mesh_gives_the_product_and_gradient_of_one_device(kind, zeros, tokens_inputs_outputs):
+    tokens, inputs, outputs = tokens_inputs_outputs
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"))
+    w = example(16, 256, kind, zeros)[1]
+    x, dy = jnp.asarray(drawn(4, 3, 256)), jnp.asarray(drawn(4, 3, 16, seed=1))
+    meant, pull = jax.vjp(lambda x: product(x, w), x)
+    groups = None if kind == "int8" else inputs
+    cut = QuantizedWeight(
+        values=placed(mesh, w.values, outputs, inputs), scale=placed(mesh, w.scale, groups, outputs),
+        zero=None if w.zero is None else placed(mesh, w.zero, groups, outputs), inputs=w.inputs, group=w.group,
+    )  # fmt: skip
+    with jax.set_mesh(mesh):
+        y, pull_cut = jax.vjp(lambda x: product(x, cut), placed(mesh, x, tokens))
+        np.testing.assert_allclose(np.asarray(y), np.asarray(meant), rtol=1e-5, atol=1e-4)
+        dx = pull_cut(jax.device_put(dy, y.sharding))[0]
+    np.testing.assert_allclose(np.asarray(dx), np.asarray(pull(dy)[0]), rtol=1e-4, atol=1e-3)
+
+
+def test_tokens_in_int8_have_one_scale_over_all_devices():
+    mesh = jax.make_mesh((8,), ("tensor",))
+    w, x = example(16, 256, "int8", False)[1], jnp.asarray(drawn(3, 256))
+    cut = QuantizedWeight(
+        values=placed(mesh, w.values, None, "tensor"), scale=placed(mesh, w.scale), zero=None, inputs=256, group=256
+    )
+    with jax.set_mesh(mesh):
+        found = product(placed(mesh, x), cut, activations="int8")
+    np.testing.assert_allclose(
+        np.asarray(found), np.asarray(product(x, w, activations="int8")), rtol=1e-5, atol=1e-4
+    )
+
+
+def test_inputs_that_are_no_whole_groups_are_gathered():
+    mesh = jax.make_mesh((8,), ("tensor",))
+    w, x = example(8, 192, "int4-g32", False)[1], jnp.asarray(drawn(3, 192))
+    cut = QuantizedWeight(
+        values=placed(mesh, w.values, None, "tensor"), scale=placed(mesh, w.scale), zero=None, inputs=192, group=32
+    )
+    with jax.set_mesh(mesh):
+        found = product(placed(mesh, x, None, "tensor"), cut)
+    np.testing.assert_allclose(np.asarray(found), np.asarray(product(x, w)), rtol=1e-5, atol=1e-4)

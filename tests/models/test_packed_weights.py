@@ -13,13 +13,15 @@ import pytest
 import maxstack
 from maxstack.config import UserError
 from maxstack.kernels.quantized_matmul import KINDS, dequantize, quantize
-from maxstack.models import packing, tree
+from maxstack import sharding
+from maxstack.models import packing, presets, tree
 from maxstack.models.generation import Generator, SamplingParams
 from maxstack.models.generation.programs import programs_for
 from maxstack.models.packed import Packed, PackedLinear
 from maxstack.models.packing import Packing, is_packed, linears, packed
 from maxstack.models.save import save
 from maxstack.models.transformer import Transformer
+from maxstack.sharding import MeshConfig
 from tests.models.tiny import CONFIGS, VOCAB
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
@@ -183,9 +185,6 @@ def test_what_cannot_be_is_refused_with_the_way_out(tmp_path):
         packed(few, "int8")
     with pytest.raises((UserError, jaxtyping.TypeCheckError), match="int3"):
         maxstack.load(tmp_path, weights="int3")
-    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-    with pytest.raises(UserError, match="packed weights are not cut over devices yet"):
-        maxstack.load(tmp_path, weights="int8", mesh=mesh)
     arrays = tree.leaves(model)
     name = "stacks.0.layers.0.feed_forward.up.w"
     arrays[name] = arrays[name].at[0, 0, 0].set(jnp.nan)
@@ -201,3 +200,34 @@ def test_runs_of_outputs_are_those_of_the_whole(monkeypatch):
     monkeypatch.setattr(packing, "RUN", 3 * model.config.width)
     for name, array in tree.leaves(packed(model, "int4-g32")).items():
         np.testing.assert_array_equal(np.asarray(array, np.float32), np.asarray(whole[name], np.float32))
+
+
+WIDE = presets.llama(
+    vocab_size=64, width=256, depth=2, heads=8, kv_heads=4, feed_forward=512, dtype="float32"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        ("int4-g32", MeshConfig(data=2, fsdp=2, tensor=2)),
+        pytest.param("int8", MeshConfig(fsdp=8), marks=pytest.mark.slow),
+        pytest.param("int4-g128", MeshConfig(fsdp=2, tensor=4), marks=pytest.mark.slow),
+    ],
+)
+def test_packed_weights_over_devices_give_the_logits_of_one(kind, mesh, tmp_path):
+    save(jax.jit(WIDE.build)(jax.random.key(0)), None, tmp_path / "model")
+    alone, _ = maxstack.load(tmp_path / "model", weights=kind)
+    tokens = np.arange(8 * 6).reshape(8, 6) % 64
+    meant = jax.jit(lambda m, t: m(t))(alone, jnp.asarray(tokens))
+    devices = sharding.build_mesh(mesh, jax.devices()[:8])
+    cut, _ = maxstack.load(tmp_path / "model", weights=kind, mesh=devices)
+    up = tree.leaves(cut)["stacks.0.layers.0.feed_forward.up.w.values"]
+    assert up.addressable_shards[0].data.size * mesh.tensor * max(1, mesh.fsdp) == up.size
+    for name, array in tree.leaves(alone).items():
+        np.testing.assert_array_equal(
+            np.asarray(tree.leaves(cut)[name], np.float32), np.asarray(array, np.float32), err_msg=name
+        )
+    with jax.set_mesh(devices):
+        given = jax.jit(lambda m, t: m(t))(cut, jax.device_put(tokens, sharding.batch_sharding(devices)))
+    np.testing.assert_allclose(np.asarray(given), np.asarray(meant), rtol=1e-4, atol=1e-4)

@@ -89,7 +89,9 @@ def load_tensors(
     }
     homes = homes_of(abstract, mesh)
     tensors = respelled(source, family.spellings)
-    packing = None if packed is None else Packing(abstract, packed)
+    packing = None if packed is None else Packing(abstract, packed, mesh)
+    if packing is not None and mesh is not None:
+        homes = {**homes, **packing.read_on}
     arrays = read_leaves(places, {leaf: shapes[leaf] for leaf in in_file}, tensors, homes, unused, packing)
     for leaf in shapes.keys() - in_file:  # such as a router's bias of a family that has none
         arrays[leaf] = jax.device_put(jnp.zeros(shapes[leaf].shape, shapes[leaf].dtype), homes[leaf])

@@ -1,0 +1,490 @@
+// Attention over a cache in pages, and writing into it: each byte of a page that a query sees is read once.
+//
+// Work is dealt out as pieces: a run of pages of one kv head of one sequence, for some queries. The queries that share a
+// piece, and the heads that share its kv head, are rows of small products with what the piece reads. A page in few bits
+// becomes float a block at a time, which stays in the first cache.
+//
+// What a query gets depends on itself, its keys and their positions alone, to the last bit: sums have one order,
+// pieces begin at the same positions and are merged from the first to the last, whatever other queries, sequences or
+// threads there are. This file is therefore compiled without -ffast-math.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "pieces.h"
+
+namespace {
+
+constexpr int64_t kPieceTokens = 512;
+constexpr int64_t kBlockRows = 32;   // keys, or components of values, that are made float at once
+constexpr int64_t kMostRows = 64;    // queries times heads of a piece, but for heads of one query
+constexpr float kHidden = -std::numeric_limits<float>::infinity();
+
+struct Int4 {
+  int8_t pair;  // component i in the low half, i + size / 2 in the high half
+};
+
+template <typename T>
+constexpr int64_t kNumbers = std::is_same_v<T, Int4> ? 2 : 1;  // of an element
+
+constexpr int64_t whole(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// 2^n of whole n, as the float whose bits they are.
+inline Vec power(Ints n) { return (Vec)((n + 127) << 23); }
+
+// e^x, of nan nan. Polynomial of Cephes, within 2 units of the last place; 0 below the least normal number.
+inline Vec exponential(Vec x) {
+  const Vec least = Vec{} - 87.3f, most = Vec{} + 88.7f, magic = Vec{} + 12582912.0f;
+  Vec clipped = x < least ? least : x;
+  clipped = clipped > most ? most : clipped;
+  Vec shifted = add_product(clipped, Vec{} + 1.44269504088896341f, magic), n = shifted - magic;
+  Vec r = add_product(n, Vec{} - 0.693359375f, clipped);
+  r = add_product(n, Vec{} + 2.12194440e-4f, r);
+  Vec p = Vec{} + 1.9875691500e-4f;
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = add_product(p, r, Vec{} + c);
+  p = add_product(p * r, r, r) + 1.0f;
+  Vec e = p * power((Ints)shifted - (Ints)magic);
+  return x < least ? Vec{} : e;
+}
+
+inline float exponential(float x) { return exponential(Vec{} + x)[0]; }
+
+inline Vec hyperbolic_tangent(Vec x) {
+  Vec size = x < Vec{} ? -x : x, square = x * x, p = Vec{} - 5.70498872745e-3f;
+  for (float c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f})
+    p = add_product(p, square, Vec{} + c);
+  Vec small = add_product(p * square, x, x);
+  Vec large = 1.0f - 2.0f / (exponential(size + size) + 1.0f);
+  large = x < Vec{} ? -large : large;
+  return size < Vec{} + 0.625f ? small : large;
+}
+
+inline float finite(float top) { return top == kHidden ? 0.0f : top; }
+
+// `count` numbers as float.
+template <typename T>
+inline void widen(const T* from, int64_t count, float* to, float*) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = value_of(from[i]);
+}
+
+template <>
+inline void widen(const Int4* from, int64_t count, float* low, float* high) {
+  const int8_t* bytes = reinterpret_cast<const int8_t*>(from);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    Ints both = ints(bytes + i);
+    store(low + i, converted((both << 28) >> 28));
+    store(high + i, converted(both >> 4));
+  }
+  for (; i < count; ++i) {
+    low[i] = static_cast<int8_t>(static_cast<uint8_t>(bytes[i]) << 4) >> 4;
+    high[i] = bytes[i] >> 4;
+  }
+}
+
+// y[b, r] = sum x[b] w[r], or what was there and that, for B rows of x and `count` rows of w.
+template <int B>
+void rows_of_products(const float* x, int64_t xs, const float* w, int64_t ws, int64_t count, int64_t length, float* y,
+                      int64_t ys, bool add) {
+  auto put = [=](int64_t b, int64_t r, float value) { y[b * ys + r] = add ? y[b * ys + r] + value : value; };
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) {
+    Vec acc[B][4] = {};
+    add_products(x, xs, w + r * ws, ws, length, acc);
+    for (int b = 0; b < B; ++b) {
+      float four[4];
+      sums(acc[b][0], acc[b][1], acc[b][2], acc[b][3], four);
+      for (int i = 0; i < 4; ++i) put(b, r + i, four[i]);
+    }
+  }
+  for (; r < count; ++r) {
+    Vec acc[B][1] = {};
+    add_products(x, xs, w + r * ws, ws, length, acc);
+    for (int b = 0; b < B; ++b) put(b, r, sum(acc[b][0]));
+  }
+}
+
+// The same for any number of rows of x; `length` is one of whole vectors.
+void products(const float* x, int64_t xs, int64_t rows, const float* w, int64_t ws, int64_t count, int64_t length,
+              float* y, int64_t ys, bool add) {
+  int64_t b = 0;
+  for (; b + 3 <= rows; b += 3) rows_of_products<3>(x + b * xs, xs, w, ws, count, length, y + b * ys, ys, add);
+  if (rows - b == 2) rows_of_products<2>(x + b * xs, xs, w, ws, count, length, y + b * ys, ys, add);
+  if (rows - b == 1) rows_of_products<1>(x + b * xs, xs, w, ws, count, length, y + b * ys, ys, add);
+}
+
+struct Shape {
+  int64_t batch, queries, kv, group, size, page, pool, entries, window;  // window 0: none
+  float scale, softcap;                                                  // softcap 0: none
+  int64_t heads() const { return kv * group; }
+  int64_t row() const { return whole(size); }    // floats of a query
+  int64_t line() const { return whole(page); }   // floats of a row of logits
+};
+
+struct Pages {
+  const void *keys, *values;
+  const float *key_scale, *value_scale;  // null: none
+  const int32_t *table, *lengths;
+};
+
+// What `rows` queries have got so far: weighted values, the largest logit, the sum of weights.
+struct Sums {
+  float *out, *top, *total;
+  static int64_t floats(int64_t rows, int64_t size) { return rows * (size + 2); }
+  static Sums at(float* p, int64_t rows, int64_t size) { return {p, p + rows * size, p + rows * (size + 1)}; }
+  void clear(int64_t rows, int64_t size) const {
+    std::fill(out, out + rows * size, 0.0f);
+    std::fill(top, top + rows, kHidden);
+    std::fill(total, total + rows, 0.0f);
+  }
+};
+
+void scale_by(float* p, int64_t n, float factor) {
+  for (int64_t i = 0; i < n; ++i) p[i] *= factor;
+}
+
+// Adds what was found over later keys. Nothing and a part are that part, bit for bit.
+void merge(const Sums& into, const Sums& part, int64_t rows, int64_t size) {
+  for (int64_t m = 0; m < rows; ++m) {
+    float top = std::max(into.top[m], part.top[m]);
+    float old = exponential(into.top[m] - finite(top)), fresh = exponential(part.top[m] - finite(top));
+    for (int64_t i = 0; i < size; ++i)
+      into.out[m * size + i] = into.out[m * size + i] * old + part.out[m * size + i] * fresh;
+    into.total[m] = into.total[m] * old + part.total[m] * fresh;
+    into.top[m] = top;
+  }
+}
+
+// Queries [first, first + count) of a sequence and the heads of one kv head, over its pages [from, to).
+struct Tile {
+  int64_t sequence, kv, first, count, from, to;
+  int64_t pages, pieces, parts;  // pages of a piece, pieces, and where their results begin
+};
+
+// One thread's memory.
+struct Desk {
+  std::vector<float> held;
+  float *queries, *logits, *block, *scales;
+  void lay(const Shape& s, int64_t rows) {
+    int64_t queries_end = rows * s.row(), logits_end = queries_end + rows * s.line();
+    int64_t block_end = logits_end + 2 * kBlockRows * std::max(s.row(), s.line());
+    held.resize(block_end + 2 * s.line());
+    queries = held.data(), logits = queries + queries_end, block = queries + logits_end, scales = queries + block_end;
+  }
+};
+
+// Logits of a row in a page, of which the tokens [lo, hi) are visible, become weights of values; the rest of [from, to),
+// whole vectors, gets 0.
+void weigh(const Shape& s, float* row, const Desk& desk, bool scaled, int64_t from, int64_t to, int64_t lo, int64_t hi,
+           float* out, float* top, float* total) {
+  if (lo >= hi) {
+    std::fill(row + from, row + to, 0.0f);
+    return;
+  }
+  Ints lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  auto seen = [&](int64_t i) {
+    Ints at = lane + static_cast<int32_t>(i);
+    return (at >= static_cast<int32_t>(lo)) & (at < static_cast<int32_t>(hi));
+  };
+  const Vec hidden = Vec{} + kHidden;
+  Vec most = hidden;
+  for (int64_t i = from; i < to; i += kLanes) {
+    Vec logits = load(row + i);
+    if (scaled) logits *= load(desk.scales + i);
+    if (s.softcap > 0) logits = s.softcap * hyperbolic_tangent(logits / s.softcap);
+    logits = seen(i) ? logits : hidden;
+    store(row + i, logits);
+    most = logits > most ? logits : most;
+  }
+  float largest = *top;
+  for (int i = 0; i < kLanes; ++i) largest = std::max(largest, most[i]);
+  float keep = exponential(*top - finite(largest));
+  if (*top != largest) scale_by(out, s.size, keep);
+  Vec all = {};
+  for (int64_t i = from; i < to; i += kLanes) {
+    Vec weights = exponential(load(row + i) - finite(largest));
+    all += weights;
+    if (scaled) weights = seen(i) ? weights * load(desk.scales + s.line() + i) : Vec{};
+    store(row + i, weights);
+  }
+  *total = *total * keep + sum(all);
+  *top = largest;
+}
+
+// Logits of all rows with the tokens [lo, hi) of a page.
+template <typename T>
+void with_keys(const Shape& s, const Desk& desk, int64_t rows, const T* keys, int64_t lo, int64_t hi) {
+  int64_t elements = s.size / kNumbers<T>, row = s.row();
+  for (int64_t at = lo; at < hi; at += kBlockRows) {
+    int64_t count = std::min(kBlockRows, hi - at);
+    const float* block = desk.block;
+    bool as_it_is = std::is_same_v<T, float> && s.size == row;
+    if (as_it_is) block = reinterpret_cast<const float*>(keys + at * s.size);
+    for (int64_t r = 0; r < count && !as_it_is; ++r) {
+      float* to = desk.block + r * row;
+      widen(keys + (at + r) * elements, elements, to, to + elements);
+      std::fill(to + s.size, to + row, 0.0f);
+    }
+    products(desk.queries, row, rows, block, row, count, row, desk.logits + at, s.line(), false);
+  }
+}
+
+// Adds the values of the tokens [lo, hi) of a page, by weights that are 0 in the rest of [from, to).
+template <typename T>
+void with_values(const Shape& s, const Desk& desk, int64_t rows, const T* values, int64_t lo, int64_t hi, int64_t from,
+                 int64_t to, float* out) {
+  int64_t elements = s.size / kNumbers<T>, held = std::min(to, s.page) - from, length = to - from;
+  const float* weights = desk.logits + from;
+  // What no query sees may be anything, nan too, and 0 nan is nan.
+  bool partial = lo > from || hi < to;
+  float *low = desk.block, *high = low + kBlockRows * length;
+  for (int64_t w = 0; w < elements; w += kBlockRows) {
+    int64_t count = std::min(kBlockRows, elements - w);
+    if (std::is_same_v<T, float> && !partial) {
+      const float* block = reinterpret_cast<const float*>(values + w * s.page + from);
+      products(weights, s.line(), rows, block, s.page, count, length, out + w, s.size, true);
+      continue;
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      widen(values + (w + r) * s.page + from, held, low + r * length, high + r * length);
+      if (!partial) continue;
+      for (float* block = low; block <= (kNumbers<T> == 2 ? high : low); block += kBlockRows * length) {
+        std::fill(block + r * length, block + r * length + lo - from, 0.0f);
+        std::fill(block + r * length + hi - from, block + (r + 1) * length, 0.0f);
+      }
+    }
+    products(weights, s.line(), rows, low, length, count, length, out + w, s.size, true);
+    if (kNumbers<T> == 2)
+      products(weights, s.line(), rows, high, length, count, length, out + elements + w, s.size, true);
+  }
+}
+
+// One page, for the rows of a tile.
+template <typename T>
+void attend_page(const Shape& s, const Pages& pages, const Tile& tile, const Desk& desk, int64_t entry,
+                 const Sums& sums) {
+  int64_t page = pages.table[tile.sequence * s.entries + entry], rows = tile.count * s.group;
+  if (page < 0 || page >= s.pool) return;
+  // Positions as they count within the page.
+  int64_t first = pages.lengths[tile.sequence] - s.queries + tile.first - entry * s.page;
+  auto begins = [&](int64_t query) { return s.window > 0 ? std::max<int64_t>(0, first + query - s.window + 1) : 0; };
+  auto ends = [&](int64_t query) { return std::min(s.page, first + query + 1); };
+  int64_t lo = begins(0), hi = ends(tile.count - 1);
+  if (lo >= hi) return;
+  int64_t from = lo / kLanes * kLanes, to = whole(hi), head = page * s.kv + tile.kv;
+  int64_t floats = std::min(to, s.page) - from;
+  bool scaled = pages.key_scale != nullptr;
+  if (scaled) {
+    std::memcpy(desk.scales + from, pages.key_scale + head * s.page + from, floats * 4);
+    std::memcpy(desk.scales + s.line() + from, pages.value_scale + head * s.page + from, floats * 4);
+  }
+  int64_t elements = s.size / kNumbers<T> * s.page;
+  with_keys(s, desk, rows, static_cast<const T*>(pages.keys) + head * elements, lo, hi);
+  for (int64_t m = 0; m < rows; ++m)
+    weigh(s, desk.logits + m * s.line(), desk, scaled, from, to, std::max(lo, begins(m / s.group)),
+          ends(m / s.group), sums.out + m * s.size, sums.top + m, sums.total + m);
+  with_values(s, desk, rows, static_cast<const T*>(pages.values) + head * elements, lo, hi, from, to, sums.out);
+}
+
+// Queries times `scale`, a row each, filled up with zeros.
+void lay_queries(const Shape& s, const Tile& tile, const float* q, float* to) {
+  for (int64_t j = 0; j < tile.count; ++j)
+    for (int64_t g = 0; g < s.group; ++g, to += s.row()) {
+      int64_t query = tile.sequence * s.queries + tile.first + j;
+      const float* from = q + ((query * s.heads()) + tile.kv * s.group + g) * s.size;
+      for (int64_t i = 0; i < s.size; ++i) to[i] = from[i] * s.scale;
+      std::fill(to + s.size, to + s.row(), 0.0f);
+    }
+}
+
+template <typename T>
+void attend_piece(const Shape& s, const Pages& pages, const Tile& tile, const Desk& desk, int64_t piece,
+                  const Sums& sums) {
+  sums.clear(tile.count * s.group, s.size);
+  // Pieces begin at multiples of their pages: which other keys a query does not see decides nothing.
+  int64_t start = (tile.from / tile.pages + piece) * tile.pages;
+  for (int64_t e = std::max(start, tile.from); e < std::min(start + tile.pages, tile.to); ++e)
+    attend_page<T>(s, pages, tile, desk, e, sums);
+}
+
+void finish(const Shape& s, const Tile& tile, const Sums& sums, float* y, float* lse) {
+  for (int64_t m = 0; m < tile.count * s.group; ++m) {
+    int64_t query = tile.sequence * s.queries + tile.first + m / s.group;
+    int64_t at = query * s.heads() + tile.kv * s.group + m % s.group;
+    bool nothing = sums.total[m] == 0;
+    float total = nothing ? 1 : sums.total[m];
+    for (int64_t i = 0; i < s.size; ++i) y[at * s.size + i] = sums.out[m * s.size + i] / total;
+    lse[at] = nothing ? kHidden : finite(sums.top[m]) + std::log(total);
+  }
+}
+
+// All tiles of a call, and how many pieces they are. `splits` parts of each sequence, or 0: pieces of kPieceTokens.
+std::vector<Tile> tiles_of(const Shape& s, const int32_t* lengths, int64_t splits, int64_t* pieces) {
+  std::vector<Tile> tiles;
+  int64_t each = std::max<int64_t>(1, kMostRows / s.group);
+  *pieces = 0;
+  for (int64_t b = 0; b < s.batch; ++b)
+    for (int64_t first = 0; first < s.queries; first += each)
+      for (int64_t k = 0; k < s.kv; ++k) {
+        Tile tile{b, k, first, std::min(each, s.queries - first), 0, 0, 0, 0, *pieces};
+        int64_t position = lengths[b] - s.queries + first;  // of the first query
+        int64_t end = std::min(position + tile.count, s.entries * s.page);
+        tile.to = end > 0 ? (end + s.page - 1) / s.page : 0;
+        if (s.window > 0) tile.from = std::min(tile.to, std::max<int64_t>(0, position - s.window + 1) / s.page);
+        tile.pages = std::max<int64_t>(1, kPieceTokens / s.page);
+        if (splits > 0) tile.pages = std::max<int64_t>(1, (tile.to - tile.from + splits - 1) / splits);
+        tile.pieces = tile.to > tile.from ? (tile.to - 1) / tile.pages - tile.from / tile.pages + 1 : 0;
+        *pieces += tile.pieces;
+        tiles.push_back(tile);
+      }
+  return tiles;
+}
+
+template <typename T>
+void attend(ffi::ThreadPool& pool, const Shape& s, const Pages& pages, const float* q, float* y, float* lse,
+            int64_t splits) {
+  int64_t pieces = 0, most = 0;
+  auto tiles = std::make_shared<std::vector<Tile>>(tiles_of(s, pages.lengths, splits, &pieces));
+  for (const Tile& tile : *tiles) most = std::max(most, tile.pieces);
+  auto lay = [=](const Tile& tile, Desk& desk) {
+    desk.lay(s, tile.count * s.group);
+    lay_queries(s, tile, q, desk.queries);
+  };
+  int64_t rows = std::min(s.queries, std::max<int64_t>(1, kMostRows / s.group)) * s.group;
+  int64_t floats = Sums::floats(rows, s.size);
+  auto of_tile = [=](float* p, const Tile& tile) { return Sums::at(p, tile.count * s.group, s.size); };
+
+  // Where there are tiles enough for all threads, one thread takes a tile's pieces one after the other.
+  if (most <= 1 || most * 4 * static_cast<int64_t>(pool.num_threads()) <= pieces) {
+    deal(pool, tiles->size(), [=](int64_t i) {
+      const Tile& tile = (*tiles)[i];
+      thread_local Desk desk;
+      thread_local std::vector<float> held;
+      lay(tile, desk);
+      held.resize(2 * floats);
+      Sums all = of_tile(held.data(), tile), part = of_tile(held.data() + floats, tile);
+      all.clear(tile.count * s.group, s.size);
+      for (int64_t piece = 0; piece < tile.pieces; ++piece) {
+        attend_piece<T>(s, pages, tile, desk, piece, part);
+        merge(all, part, tile.count * s.group, s.size);
+      }
+      finish(s, tile, all, y, lse);
+    });
+    return;
+  }
+  auto owners = std::make_shared<std::vector<int64_t>>();
+  for (size_t t = 0; t < tiles->size(); ++t) owners->insert(owners->end(), (*tiles)[t].pieces, t);
+  auto parts = std::make_shared<std::vector<float>>(pieces * floats);
+  deal(pool, pieces, [=](int64_t i) {
+    const Tile& tile = (*tiles)[(*owners)[i]];
+    thread_local Desk desk;
+    lay(tile, desk);
+    attend_piece<T>(s, pages, tile, desk, i - tile.parts, of_tile(parts->data() + i * floats, tile));
+  });
+  for (const Tile& tile : *tiles) {
+    std::vector<float> held(floats);
+    Sums all = of_tile(held.data(), tile);
+    all.clear(tile.count * s.group, s.size);
+    for (int64_t i = tile.parts; i < tile.parts + tile.pieces; ++i)
+      merge(all, of_tile(parts->data() + i * floats, tile), tile.count * s.group, s.size);
+    finish(s, tile, all, y, lse);
+  }
+}
+
+}  // namespace
+
+// q [b, t, n, h] of the last t positions of each sequence; keys [P, k, page, h] and values [P, k, h, page] in float32,
+// bfloat16, int8 or two int4 a byte, their scales [P, k, page] or [0]; table [b, entries]; lengths [b]
+// -> y [b, t, n, h], lse [b, t, n]
+static ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys,
+                                 ffi::AnyBuffer values, ffi::Buffer<ffi::F32> key_scale,
+                                 ffi::Buffer<ffi::F32> value_scale, ffi::Buffer<ffi::S32> table,
+                                 ffi::Buffer<ffi::S32> lengths, ffi::ResultBuffer<ffi::F32> y,
+                                 ffi::ResultBuffer<ffi::F32> lse, float scale, float softcap, int64_t window,
+                                 int64_t splits) {
+  auto qd = q.dimensions(), kd = keys.dimensions();
+  Shape s{qd[0], qd[1], kd[1], qd[2] / kd[1], qd[3], kd[2], kd[0], table.dimensions()[1], window, scale, softcap};
+  bool scaled = key_scale.element_count() > 0;
+  Pages pages{keys.untyped_data(), values.untyped_data(), scaled ? key_scale.typed_data() : nullptr,
+              scaled ? value_scale.typed_data() : nullptr, table.typed_data(), lengths.typed_data()};
+  auto run = [&](auto number) {
+    attend<decltype(number)>(pool, s, pages, q.typed_data(), y->typed_data(), lse->typed_data(), splits);
+    return ffi::Error::Success();
+  };
+  switch (keys.element_type()) {
+    case ffi::F32:
+      return run(float{});
+    case ffi::BF16:
+      return run(Bf16{});
+    case ffi::S8:
+      return run(int8_t{});
+    case ffi::U8:
+      return run(Int4{});
+    default:
+      return ffi::Error::InvalidArgument("paged_attention: pages are float32, bfloat16, int8 or uint8");
+  }
+}
+
+// Writes rows into pools in place: rows [r, a..., c...] at place[r] of page[r] of pools [P, a..., page, c...], of any
+// type; `axes` says where each pool counts the places of a page. A page that is none of the pool drops its row.
+static ffi::Error WriteRows(ffi::Buffer<ffi::S32> page, ffi::Buffer<ffi::S32> place, ffi::RemainingArgs pools_and_rows,
+                            ffi::RemainingRets written, ffi::Span<const int64_t> axes) {
+  int64_t count = page.element_count(), pools = axes.size();
+  for (int64_t i = 0; i < pools; ++i) {
+    auto pool = pools_and_rows.get<ffi::AnyBuffer>(i), rows = pools_and_rows.get<ffi::AnyBuffer>(pools + i);
+    auto result = written.get<ffi::AnyBuffer>(i);
+    if (!pool.has_value() || !rows.has_value() || !result.has_value())
+      return ffi::Error::InvalidArgument("write_rows: pools, as many rows, as many results");
+    auto dims = pool->dimensions();
+    char* to = static_cast<char*>((*result)->untyped_data());
+    const char* from = static_cast<const char*>(rows->untyped_data());
+    if (to != pool->untyped_data()) std::memcpy(to, pool->untyped_data(), pool->size_bytes());
+    if (pool->element_count() == 0 || count == 0) continue;
+    int64_t outer = 1, inner = pool->size_bytes() / pool->element_count();  // bytes
+    for (int64_t d = 1; d < axes[i]; ++d) outer *= dims[d];
+    for (size_t d = axes[i] + 1; d < dims.size(); ++d) inner *= dims[d];
+    int64_t places = dims[axes[i]];
+    for (int64_t r = 0; r < count; ++r) {
+      int64_t p = page.typed_data()[r], at = place.typed_data()[r];
+      if (p < 0 || p >= dims[0] || at < 0 || at >= places) continue;
+      char* start = to + (p * outer * places + at) * inner;
+      for (int64_t o = 0; o < outer; ++o)
+        std::memcpy(start + o * places * inner, from + (r * outer + o) * inner, inner);
+    }
+  }
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(paged_attention, PagedAttention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap")
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("splits"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(write_rows, WriteRows,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<ffi::Span<const int64_t>>("axes"));
