@@ -10,6 +10,7 @@ in the callers' thread while the device works. A dispatch of a compiled program 
 import argparse
 import json
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from maxstack.serve.request import Request
 from maxstack.serve.scheduler import Scheduler
 
 LENGTH = 2048
+NO_FORM: Any = None
 
 
 class Numbers(np.ndarray):
@@ -36,7 +38,7 @@ class Numbers(np.ndarray):
         """Nothing to do."""
 
 
-def numbers(values: np.ndarray) -> Numbers:
+def numbers(values: np.ndarray) -> Any:
     return values.view(Numbers)
 
 
@@ -47,7 +49,7 @@ class NullDevice(Device):
         rows = len(given.rows_b)
         said = Told(
             numbers(np.full(rows, 65, np.int32)), numbers(np.full(rows, TOKEN, np.int32)),
-            np.zeros(rows, np.float32), np.zeros((rows, 20), np.int32), np.zeros((rows, 20), np.float32),
+            numbers(np.zeros(rows)), numbers(np.zeros((rows, 20), np.int32)), numbers(np.zeros((rows, 20))),
         )  # fmt: skip
         return said if key[0] == "decode" else (said, None)
 
@@ -59,7 +61,7 @@ def measured(rows: int, steps: int, per_plan: tuple[int, ...]) -> dict[str, floa
         tokens_a_step=rows + 256, waiting=rows,
     )  # fmt: skip
     config = llama(vocab_size=512, width=64, depth=1, heads=1, kv_heads=1, feed_forward=64)
-    device = NullDevice(config, None, [], limits, "float32")
+    device = NullDevice(config, NO_FORM, [], limits, "float32")
     answers: dict[str, Answer] = {}
     spent = {"answers": 0.0}
     tokenizer = byte_tokenizer()

@@ -111,8 +111,10 @@ class LatentAttention(nnx.Module):
         latent = self.kv_norm(self.kv_down(x))
         k_rope = rotate(self.k_rope(x)[:, :, None, :], table)[:, :, 0]
         if cache is not None:
-            with_cache = self.with_pages if isinstance(cache, Paged) else self.with_cache
-            y, cache = with_cache(q, latent, k_rope, cache, context)
+            if isinstance(cache, Paged):
+                y, cache = self.with_pages(q, latent, k_rope, cache, context)
+            else:
+                y, cache = self.with_cache(q, latent, k_rope, cache, context)
             return self.o(y), cache
         k, v = self.expand(latent, k_rope)
         y = attention(

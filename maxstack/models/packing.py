@@ -91,7 +91,11 @@ class Packing:
                 )
             whole = arrays[0] if not stacked else np.stack(arrays).reshape(*stacked, *arrays[0].shape)
             found[f"{place.packed}.{name}"] = jnp.asarray(whole) if self.homes is None else whole
-        return found if self.homes is None else {key: jax.device_put(a, self.homes[key]) for key, a in found.items()}
+        return (
+            found
+            if self.homes is None
+            else {key: jax.device_put(a, self.homes[key]) for key, a in found.items()}
+        )
 
 
 def place_of(name: str, linear: Linear, kind: Kind) -> Place:

@@ -63,7 +63,7 @@ class Compilations:
         """Count those of the thread that enters."""
         mine = threading.get_ident()
 
-        def listen(event: str, seconds: float, **details: object) -> None:
+        def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
             if event == COMPILED and threading.get_ident() == mine:
                 self.count += 1
 

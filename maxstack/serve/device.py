@@ -23,6 +23,8 @@ from maxstack.serve.plan import Chunk, Limits, Plan, Start
 from maxstack.serve.programs import ENDED, NOT_FINITE, TOKEN, Form, Prompts, Read, Steps, Told
 from maxstack.serve.request import Result
 
+# Arrays on their way to the device: programs take them as its own, and their types say so.
+arrays: Any = np
 NEUTRAL = SamplingParams(temperature=0.0)
 
 
@@ -83,8 +85,8 @@ class Device:
     ):  # fmt: skip
         self.config, self.limits, self.weights = config, limits, weights
         self._form = form
-        self._table = np.full((limits.rows + 1, limits.table_width), -1, np.int32)
-        self._generated = np.zeros(limits.rows + 1, np.int32)
+        self._table = arrays.full((limits.rows + 1, limits.table_width), -1, np.int32)
+        self._generated = arrays.zeros(limits.rows + 1, np.int32)
         self._programs = Compiled()
         self.buckets = buckets_up_to(limits.rows) if buckets is None else tuple(sorted(buckets))
         settings = row_settings([NEUTRAL], config.vocab_size)
@@ -212,23 +214,23 @@ class Device:
     def _nothing_seen(self) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(self.config.vocab_size, bool), np.zeros(self.config.vocab_size, np.int32)
 
-    def _decoding(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    def _decoding(self, plan: Plan) -> tuple[Any, Any]:
         """Rows of a bucket, filled up with nobody's, and how many steps each takes part in."""
         bucket = next(size for size in self.buckets if size >= len(plan.decodes))
-        rows, counts = np.full(bucket, self.limits.rows, np.int32), np.zeros(bucket, np.int32)
+        rows, counts = arrays.full(bucket, self.limits.rows, np.int32), arrays.zeros(bucket, np.int32)
         rows[: len(plan.decodes)] = [decode.row for decode in plan.decodes]
         counts[: len(plan.decodes)] = [decode.count for decode in plan.decodes]
         return rows, counts
 
-    def _steps(self, rows: np.ndarray, counts: np.ndarray, step: int) -> Steps:
-        return Steps(rows, self._table[rows], counts, np.int32(step))
+    def _steps(self, rows: Any, counts: Any, step: int) -> Steps:
+        return Steps(rows, self._table[rows], counts, arrays.int32(step))
 
     def _prompts(self, chunks: Sequence[Chunk], shape: tuple[int, int]) -> Prompts:
         """Chunks as arrays of a shape, filled up with nobody's."""
         b, t = shape
-        rows, last = np.full(b, self.limits.rows, np.int32), np.zeros(b, bool)
-        lengths, counts, documents, left = (np.zeros(b, np.int32) for _ in range(4))
-        tokens, following = np.zeros((b, t), np.int32), np.full((b, t), -1, np.int32)
+        rows, last = arrays.full(b, self.limits.rows, np.int32), arrays.zeros(b, bool)
+        lengths, counts, documents, left = (arrays.zeros(b, np.int32) for _ in range(4))
+        tokens, following = arrays.zeros((b, t), np.int32), arrays.full((b, t), -1, np.int32)
         for i, chunk in enumerate(chunks):
             request = chunk.request
             rows[i], lengths[i], counts[i] = chunk.row, chunk.start, chunk.count
@@ -241,7 +243,10 @@ class Device:
                 following[i, : len(after)] = after
         asked = [chunk.request.params for chunk in chunks] + [NOBODY] * (b - len(chunks))
         settings = row_settings(
-            [one.sampling for one in asked], self.config.vocab_size, [one.ends for one in asked], documents.tolist()
+            [one.sampling for one in asked],
+            self.config.vocab_size,
+            [one.ends for one in asked],
+            documents.tolist(),
         )
         chunk = Tokens(tokens, self._table[rows], lengths, counts, documents)
         return Prompts(rows, chunk, last, left, settings, following)

@@ -9,7 +9,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -97,7 +97,7 @@ class AsyncEngine:
         """For its counters: numbers that other threads may read."""
         return self._loop.scheduler
 
-    async def stream(self, prompt: Prompt, params: SamplingParams, **options: Any) -> AsyncIterator[Delta]:
+    async def stream(self, prompt: Prompt, params: SamplingParams, **options: Any) -> AsyncGenerator[Delta]:
         """The answer piece by piece; whoever leaves early ends the request. `options` as in `open`."""
         stream = self.open(prompt, params, **options)
         try:
@@ -292,7 +292,7 @@ class Engine:
         try:
             while True:
                 try:
-                    yield self._wait(anext(pieces))
+                    yield self._wait(pieces.__anext__())
                 except StopAsyncIteration:
                     return
         finally:

@@ -1,5 +1,7 @@
 """Decoding from pages gives the logits of a full forward pass: every kind of layer, in chunks and one by one."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -23,7 +25,8 @@ class Scanned:
     """Layers as a scan that writes the pools."""
 
     def __init__(self, model: Transformer, dtype: str = "float32"):
-        self.model, self.pools = model, init_pools(model.config, PAGES, PAGE, dtype)
+        self.model: Any = model
+        self.pools = init_pools(model.config, PAGES, PAGE, dtype)
         self._run = jax.jit(self.run, compiler_options=QUICK)
 
     def __call__(self, chunk: Chunk) -> jax.Array:
@@ -75,7 +78,7 @@ def read_in_pieces(run: Scanned, ids: jax.Array, dtype=np.float32) -> dict[tuple
     return found
 
 
-QUICKLY = [("window", Scanned), ("window", WrittenOut), ("latent", Scanned), ("clamped mixture", WrittenOut)]
+QUICKLY = [("window", WrittenOut), ("latent", Scanned)]
 ALL = [(name, form) for name in CONFIGS for form in (Scanned, WrittenOut, InPlace)]
 
 
@@ -90,12 +93,13 @@ def test_pieces_from_pages_equal_a_full_forward_pass(name, form):
         np.testing.assert_allclose(logits, wanted[row, at], **ROUNDING, err_msg=f"row {row}, position {at}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "bound"),
     # Shares of the largest logit: a page's numbers have 8, 7 and 3 bits of magnitude. Measured: see the assertion.
-    [("int8", 0.05), pytest.param("bfloat16", 0.02, marks=pytest.mark.slow), ("int4", 0.6)],
+    [("int8", 0.05), ("bfloat16", 0.02), ("int4", 0.6)],
 )
-@pytest.mark.parametrize("name", ["window", pytest.param("latent", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["window", "latent"])
 def test_few_bits_drift_little_and_by_the_same_whatever_the_pieces(name, dtype, bound):
     model, ids = build(CONFIGS[name]), tokens(2, LENGTH)
     wanted = np.asarray(full(model, ids))
@@ -115,7 +119,7 @@ def test_a_page_takes_the_bytes_of_its_numbers():
     assert page_bytes(config, PAGE, "int4") == numbers // 2 + 4 * numbers // 8
 
 
-@pytest.mark.parametrize("form", [Scanned, WrittenOut])
+@pytest.mark.parametrize("form", [pytest.param(Scanned, marks=pytest.mark.slow), WrittenOut])
 def test_nobody_s_page_and_what_is_not_read_stay_untouched(form):
     model, ids = build(CONFIGS["grouped"]), tokens(2, LENGTH)
     run = form(model)
@@ -135,7 +139,7 @@ def test_the_program_that_writes_rows_copies_no_pool():
     rows = jax.eval_shape(
         lambda m, p, c: read(m.outer.config, m, p, c, writes=False), unstack(model), pools, chunk
     )[1]
-    text = jax.jit(keep, donate_argnums=0).lower(pools, rows, chunk).compile().as_text()
+    text = jax.jit(keep, donate_argnums=0).lower(pools, rows, chunk).compile().as_text() or ""
     shape = "f32[" + ",".join(map(str, pools[0][0].k_pages.shape)) + "]"
     assert shape in text
     assert f"= {shape}{{3,2,1,0}} copy(" not in text

@@ -17,11 +17,15 @@ from maxstack.serve.output import Answer
 from maxstack.serve.plan import Limits
 from maxstack.serve.request import Request
 from maxstack.serve.scheduler import Scheduler
-from tests.models.tiny import VOCAB
+from tests.models.tiny import CONFIGS
 
 # Sums over pages and chunks instead of the row's tokens, in float32, of log-probabilities around 3.
 ROUNDING = 1e-4
 ROOM = 64
+VOCAB = 257
+"""Bytes and an end: what a byte tokenizer knows."""
+CONFIG = dataclasses.replace(CONFIGS["grouped"], vocab_size=VOCAB, tie_embeddings=False)
+"""Of most tests here: they share its compiled programs."""
 LIMITS = Limits(
     rows=4, page=4, pages=64, max_length=ROOM, chunks=((1, 4), (2, 8)), steps=(1, 2), tokens_a_step=20
 )
@@ -29,7 +33,7 @@ GREEDY = SamplingParams(max_tokens=6, temperature=0.0, logprobs=2)
 full = jax.jit(lambda model, ids: model(ids))
 
 
-def prompts(*lengths: int, seed: int = 0, vocab: int = VOCAB) -> list[list[int]]:
+def prompts(*lengths: int, seed: int = 0, vocab: int = 64) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     return [rng.integers(0, vocab, length).tolist() for length in lengths]
 

@@ -47,7 +47,7 @@ def compiled_step(chip: str, kind: str) -> str:
         said, written = programs.decode_read(form, leaves, pools, state, steps)
         return said, *programs.decode_keep(form, pools, state, steps, said, written)
 
-    return compiled_for(chip, step, leaves, pools, state, steps, donate=(1, 2)).as_text()
+    return compiled_for(chip, step, leaves, pools, state, steps, donate=(1, 2)).as_text() or ""
 
 
 @pytest.mark.slow

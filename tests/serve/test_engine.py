@@ -11,24 +11,20 @@ from maxstack.data.tokenizer import byte_tokenizer
 from maxstack.models.generation import SamplingParams
 from maxstack.serve import AsyncEngine, Engine
 from maxstack.serve.errors import EngineDead
-from maxstack.serve.plan import Limits
 from maxstack.serve.request import Full
-from tests.models.tiny import CONFIGS, build
-from tests.serve.driven import prompts
+from tests.models.tiny import build
+from tests.serve.driven import CONFIG, VOCAB, prompts
+from tests.serve.driven import LIMITS as SHAPES
 
 # A byte model that writes letters: its text is what the tokens say.
-VOCAB = 257
 LETTERS = tuple((token, -100.0) for token in range(VOCAB) if not 97 <= token < 123)
 PARAMS = SamplingParams(max_tokens=12, temperature=2.0, logit_bias=LETTERS)
-LIMITS = Limits(
-    rows=4, page=4, pages=64, max_length=64, chunks=((1, 8),), steps=(1, 2), tokens_a_step=16, waiting=40
-)
+LIMITS = dataclasses.replace(SHAPES, waiting=40)
 
 
 @pytest.fixture(scope="module")
 def engine():
-    model = build(dataclasses.replace(CONFIGS["grouped"], vocab_size=VOCAB))
-    with Engine(model, byte_tokenizer(), limits=LIMITS, buckets=(4,)) as engine:
+    with Engine(build(CONFIG), byte_tokenizer(), limits=LIMITS, buckets=(1, 4)) as engine:
         engine.warm_up()
         yield engine
 
@@ -134,7 +130,7 @@ def test_a_compilation_after_ready_is_counted(engine):
 
 def test_a_closed_or_broken_engine_says_so(engine, monkeypatch):
     config = engine.asynchronous.config
-    broken = AsyncEngine(build(config), limits=LIMITS, buckets=(4,))
+    broken = AsyncEngine(build(config), limits=LIMITS, buckets=(1, 4))
     # Compiled already: the table of the other one serves the same shapes.
     broken._loop.device._programs = engine.asynchronous._loop.device._programs
     monkeypatch.setattr(broken._loop.device, "warm_up", lambda: None)

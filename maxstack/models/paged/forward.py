@@ -131,5 +131,6 @@ def keep_layer(pool: Any, rows: list[Any], chunk: Chunk) -> Any:
     lengths_b, counts_b = (jnp.tile(x, repeats) for x in (chunk.lengths_b, chunk.counts_b))
     joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
     if isinstance(pool, KVCache):
-        return append_kv(pool, *joined, table_bp, lengths_b, counts_b)
+        k, v = joined
+        return append_kv(pool, k, v, table_bp, lengths_b, counts_b)
     return append_latent(pool, joined, table_bp, lengths_b, counts_b)

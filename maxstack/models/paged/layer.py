@@ -56,7 +56,7 @@ def attend(
     t = q_btnh.shape[1]
     if cache.writes:
         pool = append_kv(cache.pool, k_btkh, v_btkw, cache.table_bp, cache.lengths_b, cache.counts_b)
-        y = paged_attention(q_btnh, pool, cache.table_bp, cache.lengths_b + t, sinks=sinks, **options)
+        y: Any = paged_attention(q_btnh, pool, cache.table_bp, cache.lengths_b + t, sinks=sinks, **options)
         return y, pool
     k, v = (as_stored(new, cache.pool.k_pages.dtype) for new in (k_btkh, v_btkw))
     if t == 1:
@@ -129,7 +129,8 @@ def rows_of(
     if pool.k_scale is not None and pool.v_scale is not None:
         k, v = k * pool.k_scale[ids_bc][..., None], v * pool.v_scale[ids_bc][..., None]
     b, c, heads, page, h = k.shape
-    return tuple(x.swapaxes(2, 3).reshape(b, c * page, heads, h) for x in (k, v))
+    k, v = (x.swapaxes(2, 3).reshape(b, c * page, heads, h) for x in (k, v))
+    return k, v
 
 
 def attend_latent(
@@ -143,7 +144,9 @@ def attend_latent(
     """Attention over latents, the new ones written first: weighted latents, and the pool."""
     pool = append_latent(cache.pool, row_btr, cache.table_bp, cache.lengths_b, cache.counts_b)
     lengths = cache.lengths_b + row_btr.shape[1]
-    y = latent_paged_attention(absorbed_btnr, pool, cache.table_bp, lengths, value_size=rank, scale=scale)
+    y: Any = latent_paged_attention(
+        absorbed_btnr, pool, cache.table_bp, lengths, value_size=rank, scale=scale
+    )
     return y, pool
 
 
