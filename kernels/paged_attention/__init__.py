@@ -17,6 +17,7 @@ from maxstack.kernels.paged_attention.cache import (
     KVCache,
     LatentCache,
     Lengths,
+    PageType,
     Table,
     head_size,
     init_cache,
@@ -27,8 +28,8 @@ from maxstack.kernels.paged_attention.plan import Options
 from maxstack.kernels.sharded import explicit_mesh
 
 __all__ = [
-    "KVCache", "LatentCache", "append_kv", "append_latent", "bytes_moved", "init_cache", "init_latent_cache",
-    "latent_paged_attention", "paged_attention",
+    "KVCache", "LatentCache", "PageType", "append_kv", "append_latent", "bytes_moved", "init_cache",
+    "init_latent_cache", "latent_paged_attention", "paged_attention",
 ]  # fmt: skip
 
 Implementation = Literal["auto", "xla", "reference", "cpu_native", "mosaic_gpu", "mosaic_tpu"]

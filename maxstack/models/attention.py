@@ -1,7 +1,7 @@
 """Grouped-query attention: query, key and value maps, optional norms, rotation, the kernel, the way out."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from maxstack.config import UserError
+from maxstack.kernels import paged_attention as pages
 from maxstack.kernels.attention import Implementation, attention
 from maxstack.models.cached import KVCache, attend
 from maxstack.models.layers import Identity, Linear, RMSNormConfig, constant, require
+from maxstack.models.paged.layer import Paged
+from maxstack.models.paged.layer import attend as attend_pages
 from maxstack.models.rope import RopeConfig, RopeTables, rotate
 
 
@@ -94,6 +97,10 @@ class AttentionConfig:
         shape = (batch, self.kv_heads, length, self.head_size)
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
+    def init_pages(self, count: int, page: int, dtype: pages.PageType) -> pages.KVCache:
+        """A pool of `count` pages with `page` tokens each."""
+        return pages.init_cache(count, self.kv_heads, self.head_size, page, dtype)
+
 
 class Attention(nnx.Module):
     """`config` as a layer: [b, t, d] -> [b, t, d]."""
@@ -114,8 +121,8 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "b t d"], tables: RopeTables, context: Context,
-        cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "b t d"], KVCache | None]:  # fmt: skip
+        cache: KVCache | Paged | None = None,
+    ) -> tuple[Float[Array, "b t d"], Any]:  # fmt: skip
         c = self.config
         q, k, v = self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x)
         if c.rope is not None:
@@ -127,6 +134,8 @@ class Attention(nnx.Module):
         }  # fmt: skip
         if cache is None:
             y = attention(q, k, v, segment_ids=context.segment_ids_bt, **options)
+        elif isinstance(cache, Paged):
+            y, cache = attend_pages(q, k, v, cache, context.positions_bt, **options)
         else:
             y, cache = attend(q, k, v, cache, context.positions_bt, native=context.native, **options)
         return self.o(y), cache

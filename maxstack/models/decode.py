@@ -63,9 +63,8 @@ def advance(
     when these tokens are a part of it.
     """
     lengths = cache.lengths_b + counts_b
-    x, tables, context = enter(
-        model, tokens_bt, cache.lengths_b, lengths if documents_b is None else documents_b
-    )
+    documents = lengths if documents_b is None else documents_b
+    x, tables, context = enter(model, tokens_bt, cache.lengths_b, documents[:, None])
     layers = []
     for config, stack, caches in zip(model.config.stacks, model.stacks, cache.layers, strict=True):
         x, caches = decode_stack(config, stack, x, caches, tables, context)
@@ -74,12 +73,12 @@ def advance(
 
 
 def enter(
-    model: Transformer, tokens_bt: Int[Array, "b t"], lengths_b: Int[Array, "b"], documents_b: Int[Array, "b"],
-    native: bool = False,
+    model: Transformer, tokens_bt: Int[Array, "b t"], lengths_b: Int[Array, "b"],
+    documents_bt: Int[Array, "b #t"], native: bool = False,
 ) -> tuple[Float[Array, "b t d"], RopeTables, Context]:  # fmt: skip
-    """What the layers read of tokens that follow `lengths_b` others."""
+    """What the layers read of tokens that follow `lengths_b` others, in documents of so many."""
     positions = lengths_b[:, None] + jnp.arange(tokens_bt.shape[1], dtype=jnp.int32)
-    tables = rope_tables(model.config, positions, documents_b[:, None])
+    tables = rope_tables(model.config, positions, documents_bt)
     return model.embed(tokens_bt, positions), tables, Context(positions, None, native=native)
 
 

@@ -1,17 +1,19 @@
 """Multi-head latent attention: keys and values are rebuilt from one small latent per token (arXiv:2405.04434)."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from maxstack.kernels import paged_attention as pages
 from maxstack.kernels.attention import attention
 from maxstack.models.attention import Context
 from maxstack.models.cached import KVCache, attend, attend_past, merge
 from maxstack.models.layers import Identity, Linear, RMSNormConfig, require
+from maxstack.models.paged.layer import Paged, as_stored, attend_latent, attend_past_latents, one_token
 from maxstack.models.rope import RopeConfig, RopeTables, rotate
 
 
@@ -68,6 +70,10 @@ class MLAConfig:
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> LatentCache:
         return LatentCache(jnp.zeros((batch, length, self.kv_rank + self.rope_size), dtype))
 
+    def init_pages(self, count: int, page: int, dtype: pages.PageType) -> pages.LatentCache:
+        """A pool of `count` pages with `page` tokens each."""
+        return pages.init_latent_cache(count, self.kv_rank + self.rope_size, page, dtype)
+
 
 class LatentAttention(nnx.Module):
     """`config` as a layer: [b, t, d] -> [b, t, d]."""
@@ -97,15 +103,18 @@ class LatentAttention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "b t d"], tables: RopeTables, context: Context,
-        cache: LatentCache | None = None,
-    ) -> tuple[Float[Array, "b t d"], LatentCache | None]:  # fmt: skip
+        cache: LatentCache | Paged | None = None,
+    ) -> tuple[Float[Array, "b t d"], Any]:  # fmt: skip
         c, table = self.config, tables[self.config.rope, self.config.rope_size]
         q = self.q_up(self.q_norm(self.q_down(x)))
         q = jnp.concatenate([q[..., : c.nope_size], rotate(q[..., c.nope_size :], table)], -1)
         latent = self.kv_norm(self.kv_down(x))
         k_rope = rotate(self.k_rope(x)[:, :, None, :], table)[:, :, 0]
         if cache is not None:
-            y, cache = self.with_cache(q, latent, k_rope, cache, context)
+            if isinstance(cache, Paged):
+                y, cache = self.with_pages(q, latent, k_rope, cache, context)
+            else:
+                y, cache = self.with_cache(q, latent, k_rope, cache, context)
             return self.o(y), cache
         k, v = self.expand(latent, k_rope)
         y = attention(
@@ -130,13 +139,8 @@ class LatentAttention(nnx.Module):
         """Against the cache the maps to keys and values move to the queries and the output (section 2.1.2 of the
         paper): the latent is one kv head that all heads share, and no key is rebuilt. The new tokens of a chunk see
         each other through keys and values of their own, which takes fewer products."""
-        c = self.config
-        options = {
-            "scale": (c.nope_size + c.rope_size) ** -0.5 if c.scale is None else c.scale,
-            "implementation": context.implementation,
-        }
-        absorbed = jnp.einsum("btnh,rnh->btnr", q[..., : c.nope_size], self.k_up.matrix(q.dtype))
-        absorbed = jnp.concatenate([absorbed, q[..., c.nope_size :]], -1)
+        options = {"scale": self.scale, "implementation": context.implementation}
+        absorbed = self.absorbed(q)
         row, shared = jnp.concatenate([latent, k_rope], -1), cache.latent_bsr[:, None]
         if q.shape[1] == 1:
             new, cached = row[:, :, None], KVCache(shared, shared)
@@ -146,6 +150,38 @@ class LatentAttention(nnx.Module):
         own = attention(q, k, v, return_lse=True, **options)
         y, lse = attend_past(absorbed, KVCache(shared, shared), context.positions_bt, **options)
         return merge(own, (self.to_values(y), lse)), LatentCache(row)
+
+    def with_pages(
+        self, q: Float[Array, "b t n h"], latent: Float[Array, "b t r"], k_rope: Float[Array, "b t p"],
+        cache: Paged, context: Context,
+    ) -> tuple[Float[Array, "b t n w"], Any]:  # fmt: skip
+        """`with_cache` for latents in pages; returns the pool or the rows, see `paged.layer`."""
+        options = {"rank": self.config.kv_rank, "scale": self.scale}
+        absorbed, row = self.absorbed(q), jnp.concatenate([latent, k_rope], -1)
+        if cache.writes:
+            y, pool = attend_latent(absorbed, row, cache, **options)
+            return self.to_values(y), pool
+        kept = as_stored(row, cache.pool.pages.dtype)
+        latent, k_rope = kept[..., : latent.shape[-1]], kept[..., latent.shape[-1] :]
+        y, lse = attend_past_latents(absorbed, cache, **options)
+        if q.shape[1] == 1:
+            own = one_token(absorbed, kept[:, :, None], latent[:, :, None], None, self.scale, None)
+            return self.to_values(merge(own, (y, lse))), row
+        k, v = self.expand(latent, k_rope)
+        own = attention(q, k, v, return_lse=True, scale=self.scale, implementation=context.implementation)
+        return merge(own, (self.to_values(y), lse)), row
+
+    @property
+    def scale(self) -> float:
+        """Factor on the logits."""
+        c = self.config
+        return (c.nope_size + c.rope_size) ** -0.5 if c.scale is None else c.scale
+
+    def absorbed(self, q: Float[Array, "b t n h"]) -> Float[Array, "b t n r"]:
+        """Queries that meet latents and their rotated parts, not keys."""
+        nope = self.config.nope_size
+        met = jnp.einsum("btnh,rnh->btnr", q[..., :nope], self.k_up.matrix(q.dtype))
+        return jnp.concatenate([met, q[..., nope:]], -1)
 
     def to_values(self, y: Float[Array, "b t n r"]) -> Float[Array, "b t n w"]:
         """Weighted latents (and rotated parts, left out here) as weighted values."""

@@ -51,7 +51,8 @@ def compiled_for(
     *arguments: jax.ShapeDtypeStruct | Any,
     donate_argnums: int | tuple[int, ...] = (),
 ) -> jax.stages.Compiled:
-    """`function` of (trees of) shapes, compiled to machine code of a chip: "h200" or a TPU generation."""
+    """`function` of (trees of) shapes, compiled to machine code of a chip: "h200" or a TPU generation. Arguments whose
+    places are in `donate_argnums` may be written."""
     mesh = jax.sharding.Mesh([device_of(chip)], ("x",))
     where = NamedSharding(mesh, jax.P())
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from maxstack.config import UserError
 from maxstack.data.tokenizer import Tokenizer
+from maxstack.models.generation.checks import check_request
 from maxstack.models.generation.output import Completion, Event, Row
 from maxstack.models.generation.params import SamplingParams, row_settings
 from maxstack.models.generation.programs import programs_for
@@ -94,24 +95,8 @@ class Generator:
 
     def check(self, prompt: Prompt, params: SamplingParams) -> None:
         """Raise UserError for a request that cannot be served."""
-        vocab, longest = self.config.vocab_size, self.config.max_length
-        if not prompt:
-            raise UserError(
-                "a prompt has no tokens: give it at least one character, or the tokenizer a start token"
-            )
-        if len(prompt) + params.max_tokens > longest:
-            raise UserError(
-                f"prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} exceed the model's "
-                f"{longest} tokens: shorten the prompt or lower max_tokens"
-            )
-        if not (min(prompt) >= 0 and max(prompt) < vocab):
-            raise UserError(
-                f"a prompt has token ids {min(prompt)} to {max(prompt)}: the model knows 0 to {vocab - 1}"
-            )
-        if strange := [token for token, _ in params.logit_bias if not 0 <= token < vocab]:
-            raise UserError(f"logit_bias: token id {strange[0]} is not in 0 to {vocab - 1}")
-        if params.stop and self.tokenizer is None:
-            raise UserError("stop strings need a tokenizer: give the Generator one, or stop_token_ids")
+        longest = self.config.max_length
+        check_request(prompt, params, self.config.vocab_size, longest, tokenizer=self.tokenizer is not None)
 
     def _stream(
         self, prompts: list[list[int]], params: list[SamplingParams], session: Session | None
@@ -119,9 +104,9 @@ class Generator:
         rows = [Row(i, own, self.tokenizer, self.end_ids) for i, own in enumerate(params)]
         count = power_of_two(len(prompts))
         filled = prompts + [prompts[0]] * (count - len(prompts))
-        settings = jax.device_put(
-            row_settings(params + [params[0]] * (count - len(params)), self.config.vocab_size)
-        )
+        whole = params + [params[0]] * (count - len(params))
+        ends, lengths = [own.ends(self.end_ids) for own in whole], [len(prompt) for prompt in filled]
+        settings = jax.device_put(row_settings(whole, self.config.vocab_size, ends, lengths))
         state, slots = self._read(filled, session)
         longest, most = max(map(len, prompts)), max(own.max_tokens for own in params)
         taken: list[int] = []

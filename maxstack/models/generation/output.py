@@ -61,12 +61,16 @@ class Row:
     ):
         self.index, self.params, self.done = index, params, False
         self._text = None if tokenizer is None else TextStream(tokenizer, params.stop)
-        self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_ids)
+        self._ends = params.ends(end_ids)
         self._left = params.max_tokens
 
     def take(self, chosen: Chosen) -> Event:
-        """What this row's token means."""
+        """What this row's token of a step means."""
         token = int(chosen.tokens_b[self.index])
+        return self.push(token, self._logprobs(token, chosen))
+
+    def push(self, token: int, logprobs: TokenLogprobs | None) -> Event:
+        """What the row's next token means."""
         if token in self._ends:
             return self._event((), self._finish()[0], None, "stop")
         self._left -= 1
@@ -75,7 +79,11 @@ class Row:
             rest, stopped = self._finish()
             text += rest
         reason = "stop" if stopped else "length" if self._left == 0 else None
-        return self._event((token,), text, self._logprobs(token, chosen), reason)
+        return self._event((token,), text, logprobs, reason)
+
+    def rest(self) -> str:
+        """Text that was held back, of a row that ends from outside."""
+        return self._finish()[0]
 
     def _event(
         self, tokens: tuple[int, ...], text: str, logprobs: TokenLogprobs | None, reason: FinishReason | None

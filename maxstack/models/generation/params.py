@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,8 @@ MOST_LOGPROBS = 20
 """Alternatives that a step reports at most."""
 MOST_BIASES = 300
 """Tokens whose logits one row may shift."""
+MOST_ENDS = 16
+"""Tokens that end a row, as far as the device knows; the host sees to further ones."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,8 @@ class SamplingParams:
 
     max_tokens: int = 128
     """New tokens at most."""
+    min_tokens: int = 0
+    """No end token, and none of stop_token_ids, before so many new tokens."""
     temperature: float = 0.8
     """Logits are divided by it; 0 takes the likeliest token."""
     top_k: int = 0
@@ -46,6 +50,8 @@ class SamplingParams:
     """Go on past the end token."""
     logprobs: int | None = None
     """Report the log-probability of each token, and of this many likeliest ones (0 to 20); None for neither."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens but the first; the Generator leaves it out."""
     logit_bias: Sequence[tuple[int, float]] = ()
     """Added to the logits of these token ids before anything else."""
 
@@ -59,10 +65,15 @@ class SamplingParams:
             if not fits(getattr(self, name)):  # comparisons with NaN are false
                 raise UserError(f"{name} is {getattr(self, name)}: it must be {rule}")
 
+    def ends(self, end_ids: frozenset[int]) -> frozenset[int]:
+        """Tokens that end a row, where `end_ids` are those of the tokenizer."""
+        return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else end_ids)
+
 
 # What each setting may be.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_tokens": (lambda n: n >= 1, "at least 1"),
+    "min_tokens": (lambda n: n >= 0, "0 or more"),
     "temperature": (lambda t: 0 <= t < math.inf, "0 (likeliest token) or more, and finite"),
     "top_k": (lambda k: 0 <= k < 2**31, "0 (all tokens) or more"),
     "top_p": (lambda p: 0 < p <= 1, "in (0, 1]"),
@@ -76,6 +87,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "texts of at least one character each",
     ),
     "logprobs": (lambda n: n is None or 0 <= n <= MOST_LOGPROBS, f"0 to {MOST_LOGPROBS}, or None"),
+    "prompt_logprobs": (lambda n: n is None or 0 <= n <= MOST_LOGPROBS, f"0 to {MOST_LOGPROBS}, or None"),
     "logit_bias": (
         lambda pairs: len(pairs) <= MOST_BIASES and not any(math.isnan(bias) for _, bias in pairs),
         f"at most {MOST_BIASES} amounts, none of them NaN",
@@ -103,10 +115,18 @@ class RowSettings(NamedTuple):
     bias_ids: Int[Values, "b m"]
     """The vocabulary's size, which no token has, where there is no bias."""
     bias: Float[Values, "b m"]
+    ends: Int[Values, "b e"]
+    """Tokens that end the row, `MOST_ENDS` at most; the vocabulary's size where there are fewer."""
+    earliest: Int[Values, "b"]
+    """The first position at which one of them may stand."""
 
 
-def row_settings(params: Sequence[SamplingParams], vocab_size: int) -> RowSettings:
-    """Arrays of each row's settings."""
+def row_settings(
+    params: Sequence[SamplingParams], vocab_size: int, ends: Sequence[Collection[int]] | None = None,
+    prompts: Sequence[int] | None = None,
+) -> RowSettings:  # fmt: skip
+    """Arrays of each row's settings. `ends` are the tokens that end each row, and `prompts` the lengths of its prompt,
+    for min_tokens."""
 
     def column(name: str, dtype: type) -> np.ndarray:
         return np.asarray([getattr(row, name) for row in params], dtype)
@@ -116,6 +136,11 @@ def row_settings(params: Sequence[SamplingParams], vocab_size: int) -> RowSettin
     for row, of_row in enumerate(params):
         for i, (token, amount) in enumerate(of_row.logit_bias):
             ids[row, i], bias[row, i] = token, amount
+    ending = np.full((len(params), MOST_ENDS), vocab_size, np.int32)
+    for row, own in enumerate(ends or ()):
+        known = sorted(own)[:MOST_ENDS]
+        ending[row, : len(known)] = known
+    lengths = np.zeros(len(params), np.int32) if prompts is None else np.asarray(prompts, np.int32)
     floats = [name for name in RowSettings._fields[:7] if name != "top_k"]
     return RowSettings(
         **{name: column(name, np.float32) for name in floats},
@@ -124,4 +149,8 @@ def row_settings(params: Sequence[SamplingParams], vocab_size: int) -> RowSettin
         logprobs=np.asarray([-1 if row.logprobs is None else row.logprobs for row in params], np.int32),
         bias_ids=ids,
         bias=bias,
+        ends=ending,
+        earliest=np.asarray(
+            [n and length + n for n, length in zip(column("min_tokens", np.int32), lengths)], np.int32
+        ),
     )

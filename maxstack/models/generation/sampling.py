@@ -26,6 +26,10 @@ class Seen(NamedTuple):
     counts_bv: Int[Array, "b v"]
     """Of each token in the output."""
 
+    def of(self, rows: Int[Array, "c"]) -> "Seen":
+        """What some of the rows have had."""
+        return Seen(self.prompt_bv[rows], self.counts_bv[rows])
+
 
 class Chosen(NamedTuple):
     """A token a row. Log-probabilities are the model's own, before any setting; 0 where no row asked for them."""
@@ -37,13 +41,17 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    logits_bv: Float[Array, "b v"], settings: RowSettings, seen: Seen, positions_b: Int[Array, "b"]
-) -> Chosen:
-    """One token a row; `positions_b` are the tokens' places in their rows."""
+    logits_bv: Float[Array, "b v"], settings: RowSettings, seen: Seen, positions_b: Int[Array, "b"],
+    rows_b: Int[Array, "b"] | None = None,
+) -> Chosen:  # fmt: skip
+    """One token a row; `positions_b` are the tokens' places in their rows. `rows_b` says which rows of `seen` these
+    are, where it has others too; they are looked up only if some row needs them."""
     s = settings
     penalties = (s.repetition_penalty != 1) | (s.presence_penalty != 0) | (s.frequency_penalty != 0)
     x = when(jnp.any(s.bias != 0), lambda x: biased(x, s), logits_bv)
-    x = when(jnp.any(penalties), lambda x: penalised(x, s, seen), x)
+    x = when(jnp.any(penalties), lambda x: penalised(x, s, seen if rows_b is None else seen.of(rows_b)), x)
+    early_b = positions_b < s.earliest
+    x = when(jnp.any(early_b), lambda x: unending(x, s, early_b), x)
     likeliest = jnp.argmax(x, -1).astype(jnp.int32)
     tokens = jax.lax.cond(
         jnp.any(s.temperature > 0),
@@ -65,6 +73,15 @@ def biased(logits_bv: Float[Array, "b v"], settings: RowSettings) -> Float[Array
     """Logits with each row's biases added."""
     rows = jnp.arange(logits_bv.shape[0])[:, None]
     return logits_bv.at[rows, settings.bias_ids].add(settings.bias, mode="drop")
+
+
+def unending(
+    logits_bv: Float[Array, "b v"], settings: RowSettings, early_b: Bool[Array, "b"]
+) -> Float[Array, "b v"]:
+    """-inf for the tokens that end a row, where it is too early for them."""
+    rows = jnp.arange(logits_bv.shape[0])[:, None]
+    ids = jnp.where(early_b[:, None], settings.ends, logits_bv.shape[1])
+    return logits_bv.at[rows, ids].set(-jnp.inf, mode="drop")
 
 
 def penalised(logits_bv: Float[Array, "b v"], settings: RowSettings, seen: Seen) -> Float[Array, "b v"]:

@@ -78,7 +78,7 @@ def run(
     documents_b: Int[Array, "b"],
 ) -> tuple[Array, Any]:  # fmt: skip
     """The residual stream after the last layer, and what each layer returns for its cache."""
-    x, tables, context = enter(model.outer, tokens_bt, lengths_b, documents_b, native())
+    x, tables, context = enter(model.outer, tokens_bt, lengths_b, documents_b[:, None], native())
     names = tuple(tables)
 
     # Traced once for all layers of a kind; XLA puts it in line again.

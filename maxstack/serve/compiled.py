@@ -1,0 +1,74 @@
+"""The closed table of compiled programs, and a count of whatever is compiled besides."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+"""What jax.monitoring says whenever a program is compiled, or read from the cache of compiled ones."""
+
+
+class Compiled:
+    """Programs by name and shape. A call with another shape is an error, never a compilation."""
+
+    def __init__(self):
+        self._wanted: dict[Any, tuple[Any, tuple]] = {}
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def add(
+        self, key: Any, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
+    ) -> Any:
+        """Want `function` compiled for (trees of) arrays or shapes like `arguments`; the shapes of what it returns."""
+        shapes, jitted = jax.tree.map(shape_of, arguments), jax.jit(function, donate_argnums=donate)
+        self._wanted[key] = (jitted, shapes)
+        return jitted.eval_shape(*shapes)
+
+    def compile(self, threads: int | None = None) -> None:
+        """Compile what is wanted, several at once: tracing takes turns, the compiler does not."""
+
+        def one(each: tuple[Any, tuple[Any, tuple]]) -> tuple[Any, Any]:
+            key, (function, shapes) = each
+            return key, function.lower(*shapes).compile()
+
+        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+            self._compiled |= dict(pool.map(one, self._wanted.items()))
+        self._wanted.clear()
+
+    def __getitem__(self, key: Any) -> Callable[..., Any]:
+        return self._compiled[key]
+
+    def __len__(self) -> int:
+        return len(self._compiled)
+
+
+def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape that a program is compiled for; where an array lies, it stays."""
+    sharding = leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+class Compilations:
+    """Counts what one thread compiles."""
+
+    def __init__(self):
+        self.count = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count those of the thread that enters."""
+        mine = threading.get_ident()
+
+        def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+            if event == COMPILED and threading.get_ident() == mine:
+                self.count += 1
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)

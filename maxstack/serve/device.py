@@ -1,0 +1,293 @@
+"""The device's side of the server: weights, pools and rows; plans in, tokens out.
+
+`launch` returns at once, and what the device found is asked for later, so that the host works meanwhile. The page
+tables and what rows were given are kept on the host too, as numpy; each launch takes what it needs of them.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxstack.kernels.paged_attention import PageType
+from maxstack.models.generation.params import SamplingParams, row_settings
+from maxstack.models.paged.forward import Chunk as Tokens
+from maxstack.models.paged.pools import init_pools
+from maxstack.models.transformer import TransformerConfig
+from maxstack.serve import programs
+from maxstack.serve.compiled import Compiled
+from maxstack.serve.plan import Chunk, Limits, Plan, Start
+from maxstack.serve.programs import ENDED, NOT_FINITE, TOKEN, Form, Prompts, Read, Steps, Told
+from maxstack.serve.request import Result
+
+# Arrays on their way to the device: programs take them as its own, and their types say so.
+arrays: Any = np
+NEUTRAL = SamplingParams(temperature=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What the device has to know of a request: `Request.params`."""
+
+    sampling: SamplingParams
+    ends: tuple[int, ...]
+    """Token ids that end it."""
+
+    @property
+    def penalised(self) -> bool:
+        """Whether its tokens depend on those before by penalties."""
+        s = self.sampling
+        return bool(s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty)
+
+
+NOBODY = Asked(NEUTRAL, ())
+
+
+@dataclasses.dataclass
+class Launched:
+    """A plan that the device works on."""
+
+    plan: Plan
+    chunks: tuple[Told, Read] | None = None
+    steps: list[Told] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities of one token, and the likeliest ones with theirs."""
+
+    own: float
+    ids: list[int]
+    values: list[float]
+
+
+@dataclasses.dataclass
+class Found:
+    """What a plan gave."""
+
+    results: dict[int, Result] = dataclasses.field(default_factory=dict)
+    """By row, for the scheduler."""
+    logprobs: dict[str, list[Logprobs]] = dataclasses.field(default_factory=dict)
+    """By request, one a token, for those that asked."""
+    prompts: dict[str, tuple[int, list[Logprobs]]] = dataclasses.field(default_factory=dict)
+    """By request that asked: a position, and the log-probabilities of the tokens from there on."""
+
+
+class Device:
+    """Weights, pools and rows of one model. Used by one thread."""
+
+    def __init__(
+        self, config: TransformerConfig, form: Form, weights: list[jax.Array], limits: Limits, kv_dtype: PageType,
+        buckets: Sequence[int] | None = None,
+    ):  # fmt: skip
+        self.config, self.limits, self.weights = config, limits, weights
+        self._form = form
+        self._table = arrays.full((limits.rows + 1, limits.table_width), -1, np.int32)
+        self._generated = arrays.zeros(limits.rows + 1, np.int32)
+        self._programs = Compiled()
+        self.buckets = buckets_up_to(limits.rows) if buckets is None else tuple(sorted(buckets))
+        settings = row_settings([NEUTRAL], config.vocab_size)
+
+        def empty():
+            pools = init_pools(config, limits.pages, limits.page, kv_dtype)
+            return pools, programs.empty_rows(limits.rows + 1, config.vocab_size, settings)
+
+        self._programs.add("empty", empty)
+        self._programs.compile()
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty pools and rows: at the start, and when a failed step has taken them along."""
+        self._pools = self._state = None  # their memory first
+        self._pools, self._state = self._programs["empty"]()
+        self._table[:] = -1
+
+    def warm_up(self) -> None:
+        """Compile every program that `launch` may want."""
+        table, held = self._programs, (self._pools, self._state)
+        table.add("seat", programs.seat, self._state, np.int32(0), *self._nothing_seen(), donate=(0,))
+        for bucket in self.buckets:
+            example = self._steps(np.zeros(bucket, np.int32), np.zeros(bucket, np.int32), 0)
+            self._add_pair(("decode", bucket), programs.decode_read, programs.decode_keep, held, example)
+        for shape in self.limits.chunks:
+            self._add_pair(
+                ("chunk", *shape),
+                programs.prompts_read,
+                programs.prompts_keep,
+                held,
+                self._prompts((), shape),
+            )
+        table.compile()
+
+    def _add_pair(self, key: Any, read: Any, keep: Any, held: tuple, example: Any) -> None:
+        """The programs of a step: one that reads and writes, or one for each."""
+        form, (pools, state) = self._form, held
+        if form.keep is None:
+
+            def both(weights, pools, state, given):
+                said, written = read(form, weights, pools, state, given)
+                return said, *keep(form, pools, state, given, said, written)
+
+            self._programs.add(key, both, self.weights, pools, state, example, donate=(1, 2))
+            return
+        said, written = self._programs.add(
+            (*key, "read"), partial(read, form), self.weights, pools, state, example
+        )
+        self._programs.add(
+            (*key, "keep"), partial(keep, form), pools, state, example, said, written, donate=(0, 1)
+        )
+
+    def _run(self, key: Any, given: Any) -> Any:
+        """What a step has to say; pools and rows move on."""
+        if self._form.keep is None:
+            said, self._pools, self._state = self._programs[key](
+                self.weights, self._pools, self._state, given
+            )
+            return said
+        said, written = self._programs[*key, "read"](self.weights, self._pools, self._state, given)
+        self._pools, self._state = self._programs[*key, "keep"](
+            self._pools, self._state, given, said, written
+        )
+        return said
+
+    def launch(self, plan: Plan) -> Launched:
+        """Start the device on a plan."""
+        for start in plan.starts:
+            self._seat(start)
+        for changed in plan.tables:
+            self._table[changed.row, : len(changed.pages)] = changed.pages
+            self._table[changed.row, len(changed.pages) :] = -1
+        launched = Launched(plan)
+        if plan.chunk_shape is not None:
+            given = self._prompts(plan.chunks, plan.chunk_shape)
+            launched.chunks = self._run(("chunk", *plan.chunk_shape), given)
+            _hurry(launched.chunks[0])
+        if plan.decodes:
+            rows, counts = self._decoding(plan)
+            for step in range(plan.steps):
+                said = self._run(("decode", len(rows)), self._steps(rows, counts, step))
+                _hurry(said)
+                launched.steps.append(said)
+        return launched
+
+    def results(self, launched: Launched) -> Found:
+        """What the plan gave; waits for it."""
+        found, plan = Found(), launched.plan
+        if launched.chunks is not None:
+            said, read = launched.chunks
+            self._take(found, [said], plan.chunks)
+            for i, chunk in enumerate(plan.chunks):
+                if (most := chunk.request.params.sampling.prompt_logprobs) is not None:
+                    found.prompts[chunk.request.id] = chunk.start + 1, list(of_prompt(read, i, chunk, most))
+        if launched.steps:
+            self._take(found, launched.steps, plan.decodes)
+        return found
+
+    def _take(self, found: Found, said: list[Told], parts: Sequence[Any]) -> None:
+        """Add what rows did in some steps, one after another."""
+        tokens = np.stack([np.asarray(step.tokens_b) for step in said], axis=1).tolist()
+        status = np.stack([np.asarray(step.status_b) for step in said], axis=1).tolist()
+        wanted = [i for i, part in enumerate(parts) if part.request.params.sampling.logprobs is not None]
+        for part, own, did in zip(parts, tokens, status, strict=False):
+            found.results[part.row] = result_of(own, did)
+        if not wanted:
+            return
+        values = [jax.tree.map(np.asarray, step) for step in said]
+        for i in wanted:
+            request, count = parts[i].request, len(found.results[parts[i].row].tokens)
+            most = request.params.sampling.logprobs
+            found.logprobs[request.id] = [logprobs_of(step, i, most) for step in values[:count]]
+
+    def _seat(self, start: Start) -> None:
+        """A row gets a request."""
+        asked: Asked = start.request.params
+        self._generated[start.row] = len(start.tokens)
+        if asked.penalised:
+            prompt_v, counts_v = self._nothing_seen()
+            prompt_v[list(start.request.prompt)] = True
+            np.add.at(counts_v, list(start.tokens), 1)
+            self._state = self._programs["seat"](self._state, np.int32(start.row), prompt_v, counts_v)
+
+    def _nothing_seen(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros(self.config.vocab_size, bool), np.zeros(self.config.vocab_size, np.int32)
+
+    def _decoding(self, plan: Plan) -> tuple[Any, Any]:
+        """Rows of a bucket, filled up with nobody's, and how many steps each takes part in."""
+        bucket = next(size for size in self.buckets if size >= len(plan.decodes))
+        rows, counts = arrays.full(bucket, self.limits.rows, np.int32), arrays.zeros(bucket, np.int32)
+        rows[: len(plan.decodes)] = [decode.row for decode in plan.decodes]
+        counts[: len(plan.decodes)] = [decode.count for decode in plan.decodes]
+        return rows, counts
+
+    def _steps(self, rows: Any, counts: Any, step: int) -> Steps:
+        return Steps(rows, self._table[rows], counts, arrays.int32(step))
+
+    def _prompts(self, chunks: Sequence[Chunk], shape: tuple[int, int]) -> Prompts:
+        """Chunks as arrays of a shape, filled up with nobody's."""
+        b, t = shape
+        rows, last = arrays.full(b, self.limits.rows, np.int32), arrays.zeros(b, bool)
+        lengths, counts, documents, left = (arrays.zeros(b, np.int32) for _ in range(4))
+        tokens, following = arrays.zeros((b, t), np.int32), arrays.full((b, t), -1, np.int32)
+        for i, chunk in enumerate(chunks):
+            request = chunk.request
+            rows[i], lengths[i], counts[i] = chunk.row, chunk.start, chunk.count
+            tokens[i, : chunk.count] = chunk.tokens
+            documents[i] = len(request.prompt)
+            last[i] = chunk.last and request.max_tokens > 0
+            left[i] = request.max_tokens - self._generated[chunk.row]
+            if request.params.sampling.prompt_logprobs is not None:
+                after = request.prompt[chunk.start + 1 : chunk.end + 1]
+                following[i, : len(after)] = after
+        asked = [chunk.request.params for chunk in chunks] + [NOBODY] * (b - len(chunks))
+        settings = row_settings(
+            [one.sampling for one in asked],
+            self.config.vocab_size,
+            [one.ends for one in asked],
+            documents.tolist(),
+        )
+        chunk = Tokens(tokens, self._table[rows], lengths, counts, documents)
+        return Prompts(rows, chunk, last, left, settings, following)
+
+
+def _hurry(said: Told) -> None:
+    """Have the tokens copied to the host as soon as they are there."""
+    said.tokens_b.copy_to_host_async()
+    said.status_b.copy_to_host_async()
+
+
+def buckets_up_to(rows: int) -> tuple[int, ...]:
+    """Numbers of rows that decode programs are compiled for: powers of two, and all of them."""
+    return (*(1 << i for i in range((rows - 1).bit_length())), rows)
+
+
+def result_of(tokens: list[int], status: list[int]) -> Result:
+    """What a row did in some steps one after another."""
+    taken = []
+    for token, did in zip(tokens, status, strict=True):
+        if did == NOT_FINITE:
+            return Result(tuple(taken), error="the logits of this request are no finite numbers")
+        if did in (TOKEN, ENDED):
+            taken.append(token)
+        if did == ENDED:
+            return Result(tuple(taken), ended=True)
+    return Result(tuple(taken))
+
+
+def logprobs_of(said: Told, row: int, most: int) -> Logprobs:
+    """Of a row's token in one step."""
+    return Logprobs(
+        float(said.logprobs_b[row]),
+        said.top_ids_bm[row, :most].tolist(),
+        said.top_logprobs_bm[row, :most].tolist(),
+    )
+
+
+def of_prompt(read: Read, i: int, chunk: Chunk, most: int) -> Iterator[Logprobs]:
+    """Of the prompt's tokens that follow those of a chunk."""
+    count = min(chunk.end, len(chunk.request.prompt) - 1) - chunk.start
+    own, ids, values = (np.asarray(leaf)[i] for leaf in read)
+    for j in range(count):
+        yield Logprobs(float(own[j]), ids[j, :most].tolist(), values[j, :most].tolist())

@@ -1,0 +1,19 @@
+"""How a request ends badly through no fault of its own."""
+
+from maxstack.config.errors import RunError
+
+
+class RequestFailed(RunError):
+    """This request failed; others go on."""
+
+
+class NotFinite(RequestFailed):
+    """The model's logits for this request were no finite numbers."""
+
+
+class StepFailed(RequestFailed):
+    """The device failed in a step that the request was part of, more often than it is tried again."""
+
+
+class EngineDead(RequestFailed):
+    """The engine has stopped: it was closed, or met a fault that it cannot go on after."""

@@ -1,0 +1,202 @@
+"""The loop that keeps the device busy: plans made and results handed out while it works."""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from maxstack.serve.compiled import Compilations
+from maxstack.serve.device import Device, Found, Launched, Logprobs
+from maxstack.serve.errors import EngineDead, NotFinite, RequestFailed, StepFailed
+from maxstack.serve.request import Event, Full, Refused, Request
+from maxstack.serve.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+# What a step may fail with: jax's own errors are RuntimeErrors. Anything else is a fault of ours and ends the engine.
+STEP_ERRORS = (RuntimeError, ValueError, MemoryError, OSError)
+NAP_S = 0.01
+"""Wait before asking the scheduler again when it has work but nothing to run."""
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What there is to tell of a request."""
+
+    id: str
+    tokens: tuple[int, ...] = ()
+    logprobs: list[Logprobs] | None = None
+    prompt: tuple[int, list[Logprobs]] | None = None
+    """A position of the prompt, and log-probabilities of its tokens from there on."""
+    finish: str | None = None
+    error: Exception | None = None
+    cached: int = 0
+
+
+@dataclass
+class Progress:
+    """For a watchdog, which may read it from any thread."""
+
+    steps: int = 0
+    """Plans that are done."""
+    busy_since: float | None = None
+    """When the device was last given work or gave results, while there is some under way; None when it rests."""
+
+    def stuck_for(self, now: float) -> float:
+        """Seconds that the device has been busy without a result; 0 when it rests."""
+        since = self.busy_since
+        return 0.0 if since is None else max(0.0, now - since)
+
+
+class Loop:
+    """Owns scheduler and device. `submit` and `cancel` may be called from any thread, `turn` and `run` from one."""
+
+    def __init__(
+        self,
+        device: Device,
+        scheduler: Scheduler,
+        deliver: Callable[[list[News]], None],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.device, self.scheduler = device, scheduler
+        self.progress, self.compilations = Progress(), Compilations()
+        self.dead: BaseException | None = None
+        self._deliver, self._clock = deliver, clock
+        self._inbox: queue.SimpleQueue[Callable[[], list[News]] | None] = queue.SimpleQueue()
+        self._under_way: deque[Launched] = deque()
+        self._known: set[str] = set()
+        self._stopped = threading.Event()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; what becomes of it is delivered."""
+        self._inbox.put(lambda: self._add(request))
+
+    def cancel(self, request_id: str, reason: str) -> None:
+        """End a request, for a reason that is delivered as its finish; nothing where it is over already."""
+        self._inbox.put(lambda: self._cancel(request_id, reason))
+
+    def stop(self) -> None:
+        """Have `run` return; requests that are not over fail."""
+        self._stopped.set()
+        self._inbox.put(None)
+
+    def run(self) -> None:
+        """Work until stopped."""
+        error: BaseException = EngineDead("the engine was closed")
+        try:
+            with self.compilations.counted():
+                while not self._stopped.is_set():
+                    if not self.turn():
+                        self._wait()
+        except BaseException as fault:
+            log.exception("the engine has stopped")
+            error = EngineDead(f"the engine has stopped: {type(fault).__name__}: {fault}")
+            raise
+        finally:
+            self.dead = error
+            self._answer_all(error)
+
+    def turn(self) -> bool:
+        """Take in what came, launch a plan, collect the results of the oldest; False if there was nothing to do."""
+        self._take_in()
+        try:
+            return self._step()
+        except STEP_ERRORS as error:
+            log.exception("a step has failed; the cache is made anew, and requests are read again")
+            self._recover(f"{type(error).__name__}: {error}")
+            return True
+
+    def _step(self) -> bool:
+        plan = self.scheduler.plan(self._clock())
+        if plan is not None:
+            self._under_way.append(self.device.launch(plan))
+            if self.progress.busy_since is None:
+                self.progress.busy_since = self._clock()
+        collect = bool(self._under_way) and (
+            plan is None or len(self._under_way) >= self.scheduler.limits.ahead
+        )
+        if collect:
+            self._collect()
+        elif events := self.scheduler.events():
+            self._tell(self._news(events, Found()))
+        return plan is not None or collect
+
+    def _collect(self) -> None:
+        launched = self._under_way[0]
+        found = self.device.results(launched)
+        self._under_way.popleft()
+        now = self._clock()
+        events = self.scheduler.done(launched.plan, found.results, now)
+        self.progress.steps += 1
+        self.progress.busy_since = now if self._under_way else None
+        self._tell(self._news(events, found))
+
+    def _news(self, events: list[Event], found: Found) -> list[News]:
+        told = []
+        for event in events:
+            error = None if event.error is None and event.finish != "error" else failure(event.error)
+            logprobs = found.logprobs.get(event.id)
+            if logprobs is not None:
+                logprobs = logprobs[: len(event.tokens)]
+            prompt = found.prompts.pop(event.id, None)
+            told.append(News(event.id, event.tokens, logprobs, prompt, event.finish, error, event.cached))
+        # Of prompts that were read in part, with no token yet.
+        told += [News(request_id, prompt=prompt) for request_id, prompt in found.prompts.items()]
+        return told
+
+    def _recover(self, error: str) -> None:
+        """After a failed step, which may have taken the cache along: all of it is made anew."""
+        self._under_way.clear()
+        self.progress.busy_since = None
+        self.device.reset()
+        self._tell(self._news(self.scheduler.lost(self._clock(), error), Found()))
+
+    def _take_in(self) -> None:
+        while True:
+            try:
+                command = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if command is not None:
+                self._tell(command())
+
+    def _wait(self) -> None:
+        """Rest until something comes, or, where the scheduler has work that cannot run yet, for a moment."""
+        try:
+            command = self._inbox.get(timeout=None if self.scheduler.idle else NAP_S)
+        except queue.Empty:
+            return
+        if command is not None:
+            self._tell(command())
+
+    def _add(self, request: Request) -> list[News]:
+        try:
+            self.scheduler.add(request)
+        except (Full, Refused) as error:
+            return [News(request.id, finish="error", error=error)]
+        self._known.add(request.id)
+        return []
+
+    def _cancel(self, request_id: str, reason: str) -> list[News]:
+        self.scheduler.cancel(request_id, reason)
+        return self._news(self.scheduler.events(), Found())
+
+    def _tell(self, news: list[News]) -> None:
+        if news:
+            self._known -= {each.id for each in news if each.finish is not None}
+            self._deliver(news)
+
+    def _answer_all(self, error: BaseException) -> None:
+        """Requests that are not over, and those that have just come, fail."""
+        self._take_in()
+        failed = error if isinstance(error, Exception) else EngineDead(str(error))
+        self._tell([News(request_id, finish="error", error=failed) for request_id in self._known])
+
+
+def failure(text: str | None) -> RequestFailed:
+    """The error of a request that the scheduler ended with one."""
+    said = text or "the request failed"
+    return NotFinite(said) if "finite" in said else StepFailed(said)

@@ -1,0 +1,134 @@
+"""The limits of a server, and a plan: one launch of the device, made on the host, of shapes from closed tables."""
+
+from dataclasses import dataclass
+
+from maxstack.serve.request import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Sizes that the programs are compiled for, and the settings of the scheduler (docs/serving.md)."""
+
+    rows: int
+    """Sequences at once. A row is an index into what the device keeps for each sequence."""
+    page: int
+    """Tokens a page of the cache."""
+    pages: int
+    """Pages of the pool, numbered from 0."""
+    max_length: int
+    """Tokens of prompt and answer together. Tables have `table_width` entries a row."""
+    tokens_a_step: int
+    """Bound of a step's work: one token a decoding row (and its drafts), and the chunks with their padding."""
+    chunks: tuple[tuple[int, int], ...] = ((1, 32), (1, 128), (1, 512), (4, 128), (8, 32))
+    """Shapes (rows, tokens) in which prompts are read, each compiled once."""
+    steps: tuple[int, ...] = (1, 4)
+    """Numbers of decode steps that a plan without chunks may have. A plan with chunks has one."""
+    drafts: int = 0
+    """Tokens that are speculated a step and row, on top of the one."""
+    ahead: int = 2
+    """Plans under way at once: with 2, the host makes one while the device runs the one before."""
+    waiting: int = 256
+    """Requests that may wait; more are told to come back."""
+    level_s: float = 30.0
+    """A level of priority counts as much as having arrived this many seconds earlier."""
+    step_tokens: int = 64
+    """Tokens that cost as much time as a step costs however few it has (weights are read): how dear padding is."""
+    retries: int = 1
+    """Times that a request is started again after the device lost the cache."""
+    prefix_cache: bool = True
+
+    def __post_init__(self):
+        for name in ("rows", "page", "pages", "max_length", "ahead", "waiting"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"limits: {name} is {getattr(self, name)}; it must be 1 or more")
+        if sorted(set(self.steps)) != list(self.steps) or self.steps[:1] != (1,):
+            raise ValueError(f"limits: steps {self.steps} must rise and begin with 1")
+        if not self.chunks or any(rows < 1 or tokens < 1 for rows, tokens in self.chunks):
+            raise ValueError(f"limits: chunks {self.chunks} must be pairs (rows, tokens) of 1 or more")
+        decodes = self.rows * (1 + self.drafts)
+        smallest = min(rows * tokens for rows, tokens in self.chunks)
+        if decodes + smallest > self.tokens_a_step:
+            raise ValueError(
+                f"limits: {self.rows} rows of {1 + self.drafts} tokens and the smallest chunk, {smallest} tokens, are "
+                f"more than the {self.tokens_a_step} tokens of a step: new requests could wait for ever"
+            )
+
+    @property
+    def table_width(self) -> int:
+        """Pages of the longest sequence."""
+        return -(-self.max_length // self.page)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A row gets a sequence, new or returning: what the device keeps for the row begins afresh."""
+
+    row: int
+    request: Request
+    tokens: tuple[int, ...]
+    """Generated before, by a sequence that was preempted: penalties count them, the row reads them like a prompt."""
+    cached: int
+    """Positions that the pages hold already, a multiple of the page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The pages of a row, all of them, because they changed: positions i·page … are in `pages[i]`."""
+
+    row: int
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Known tokens to be read into positions start … end - 1."""
+
+    row: int
+    request: Request
+    start: int
+    tokens: tuple[int, ...]
+    last: bool
+    """The row has no further known token: the next one is sampled, unless the request asks for none."""
+
+    @property
+    def count(self) -> int:
+        """Tokens, `plan.chunk_shape[1]` at most."""
+        return len(self.tokens)
+
+    @property
+    def end(self) -> int:
+        """Positions that are in the cache afterwards."""
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """A row whose last token is still to be fed: it lies on the device, and the host may not have seen it yet."""
+
+    row: int
+    request: Request
+    length: int
+    """Tokens before the first step, that last one included; with drafts, at most."""
+    count: int
+    """Tokens that the row may gain, `plan.steps` at most without drafts. It writes up to position length + count - 2,
+    which its pages cover, and nothing further."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Starts and tables, then the chunks together with one decode step, then `steps - 1` further decode steps.
+
+    A row is in one of `chunks` and `decodes` at most; rows in neither must not be written. No chunk reads a page that
+    another row of the plan writes, so the order within a plan is free. Plans run in the order of their numbers, every
+    one of them, also when a request in it was cancelled since: its pages stay its own until the plan is done.
+    """
+
+    number: int
+    starts: tuple[Start, ...]
+    tables: tuple[Table, ...]
+    chunks: tuple[Chunk, ...]
+    chunk_shape: tuple[int, int] | None
+    """The one of `Limits.chunks` that they are padded to; None without chunks."""
+    decodes: tuple[Decode, ...]
+    steps: int
+    """One of `Limits.steps`, 0 without decodes."""

@@ -1,0 +1,232 @@
+"""What the device computes for the server: one decode step of some rows, one chunk of some prompts.
+
+Every row of the server has its place in `RowState`; programs take the numbers of the rows that they are for, so that a
+few compiled shapes serve any rows. Places past the last row stand for nobody: `rows_b` is padded with them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from maxstack.models.generation.params import MOST_LOGPROBS, RowSettings
+from maxstack.models.generation.sampling import Chosen, Seen, choose
+from maxstack.models.paged.forward import Chunk
+from maxstack.models.paged.pools import Pools
+
+LOGPROB_BLOCK = 16
+"""Prompt tokens whose logits are there at once."""
+
+# What a row did in a step.
+NOTHING, TOKEN, ENDED, NOT_FINITE = range(4)
+
+
+class RowState(NamedTuple):
+    """What the device knows of each row, and of one more that stands for nobody."""
+
+    lengths_r: Int[Array, "r"]
+    """Tokens in the cache."""
+    next_r: Int[Array, "r"]
+    """The token after them, not yet read."""
+    left_r: Int[Array, "r"]
+    """Tokens that the row may still produce; 0 once it has ended."""
+    settings: RowSettings
+    seen: Seen
+    """Kept for all rows, right only for those with penalties."""
+
+
+class Steps(NamedTuple):
+    """A decode step, as the host describes it."""
+
+    rows_b: Int[Array, "b"]
+    table_bp: Int[Array, "b p"]
+    counts_b: Int[Array, "b"]
+    """Steps of this plan that the row takes part in."""
+    step: Int[Array, ""]
+    """Which of them this is."""
+
+
+class Prompts(NamedTuple):
+    """A chunk of some prompts, as the host describes it."""
+
+    rows_b: Int[Array, "b"]
+    chunk: Chunk
+    last_b: Bool[Array, "b"]
+    """The chunk ends the prompt: a token is sampled."""
+    left_b: Int[Array, "b"]
+    """Tokens that the row may produce from here on."""
+    settings: RowSettings
+    following_bt: Int[Array, "b t"]
+    """The token after each of the chunk's, for the prompt's log-probabilities; -1 where nobody asks."""
+
+
+class Told(NamedTuple):
+    """What a program has to say of its rows."""
+
+    tokens_b: Int[Array, "b"]
+    status_b: Int[Array, "b"]
+    logprobs_b: Float[Array, "b"]
+    top_ids_bm: Int[Array, "b m"]
+    top_logprobs_bm: Float[Array, "b m"]
+
+
+class Read(NamedTuple):
+    """Log-probabilities of a prompt's tokens: of what follows each token, and of the likeliest."""
+
+    logprobs_bt: Float[Array, "b t"]
+    top_ids_btm: Int[Array, "b t m"]
+    top_logprobs_btm: Float[Array, "b t m"]
+
+
+class Form(NamedTuple):
+    """How a model runs on a platform."""
+
+    advance: Callable[[list[Array], Pools, Chunk], tuple[Array, Any]]
+    """(weights, pools, chunk) -> residual stream, and what `keep` takes: or, without one, the pools."""
+    logits: Callable[[list[Array], Array], Array]
+    """(weights, residual stream) -> float32 logits."""
+    keep: Callable[[Pools, Any, Chunk], Pools] | None
+
+
+def empty_rows(rows: int, vocab_size: int, settings: RowSettings) -> RowState:
+    """Nobody in any row. `settings` are those of one row, as neutral as they can be, and of nobody's."""
+    zeros = jnp.zeros((rows,), jnp.int32)
+    return RowState(
+        lengths_r=zeros,
+        next_r=zeros,
+        left_r=zeros,
+        settings=jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf), rows, axis=0), settings),
+        seen=Seen(jnp.zeros((rows, vocab_size), bool), jnp.zeros((rows, vocab_size), jnp.int32)),
+    )
+
+
+def chunk_of(state: RowState, steps: Steps) -> Chunk:
+    """A decode step as a chunk of one token a row; none of rows that have ended."""
+    lengths_b = state.lengths_r[steps.rows_b]
+    active_b = (state.left_r[steps.rows_b] > 0) & (steps.step < steps.counts_b)
+    tokens_b1 = state.next_r[steps.rows_b][:, None]
+    return Chunk(tokens_b1, steps.table_bp, lengths_b, active_b.astype(jnp.int32), lengths_b + 1)
+
+
+def decode_read(form: Form, weights, pools: Pools, state: RowState, steps: Steps) -> tuple[Told, Any]:
+    """One token of each row, and what is to be written."""
+    chunk = chunk_of(state, steps)
+    x_b1d, written = form.advance(weights, pools, chunk)
+    settings = jax.tree.map(lambda leaf: leaf[steps.rows_b], state.settings)
+    logits_bv = form.logits(weights, x_b1d)[:, 0]
+    chosen = choose(logits_bv, settings, state.seen, chunk.lengths_b + 1, steps.rows_b)
+    return told(logits_bv, chosen, chunk.counts_b > 0, settings.ends), written
+
+
+def decode_keep(
+    form: Form, pools: Pools, state: RowState, steps: Steps, said: Told, written: Any
+) -> tuple[Pools, RowState]:
+    """The rows one token further."""
+    chunk, rows = chunk_of(state, steps), steps.rows_b
+    left_b = jnp.where(said.status_b == TOKEN, state.left_r[rows] - 1, 0)
+    # A row that sat this step out keeps what it has.
+    left_b = jnp.where(said.status_b == NOTHING, state.left_r[rows], left_b)
+    state = state._replace(
+        lengths_r=state.lengths_r.at[rows].add(chunk.counts_b),
+        next_r=state.next_r.at[rows].set(
+            jnp.where(said.status_b == NOTHING, state.next_r[rows], said.tokens_b)
+        ),
+        left_r=state.left_r.at[rows].set(left_b),
+        seen=counted(state.seen, rows, said),
+    )
+    return (written if form.keep is None else form.keep(pools, written, chunk)), state
+
+
+def prompts_read(
+    form: Form, weights, pools: Pools, state: RowState, prompts: Prompts
+) -> tuple[tuple[Told, Read], Any]:
+    """A token of each row whose prompt ends here, the log-probabilities that were asked for, what is to be written."""
+    chunk = prompts.chunk
+    x_btd, written = form.advance(weights, pools, chunk)
+    at_b = jnp.maximum(chunk.counts_b - 1, 0)
+    last_b1d = jnp.take_along_axis(x_btd, at_b[:, None, None], axis=1)
+    logits_bv = form.logits(weights, last_b1d)[:, 0]
+    positions_b = chunk.lengths_b + chunk.counts_b
+    chosen = choose(logits_bv, prompts.settings, state.seen, positions_b, prompts.rows_b)
+    said = told(logits_bv, chosen, prompts.last_b, jnp.asarray(prompts.settings.ends))
+    return (said, prompt_logprobs(form, weights, x_btd, prompts.following_bt)), written
+
+
+def prompts_keep(
+    form: Form, pools: Pools, state: RowState, prompts: Prompts, said: tuple[Told, Read], written: Any
+) -> tuple[Pools, RowState]:
+    """The rows with these chunks in the cache, and their settings."""
+    rows, chunk, first = prompts.rows_b, prompts.chunk, said[0]
+
+    def put(leaf: Array, values: Array) -> Array:
+        return leaf.at[rows].set(values)
+
+    state = state._replace(
+        lengths_r=put(state.lengths_r, chunk.lengths_b + chunk.counts_b),
+        next_r=put(state.next_r, first.tokens_b),
+        left_r=put(state.left_r, jnp.where(first.status_b == TOKEN, prompts.left_b - 1, 0)),
+        settings=jax.tree.map(put, state.settings, prompts.settings),
+        seen=counted(state.seen, rows, first),
+    )
+    return (written if form.keep is None else form.keep(pools, written, chunk)), state
+
+
+def told(
+    logits_bv: Float[Array, "b v"], chosen: Chosen, active_b: Bool[Array, "b"], ends_be: Int[Array, "b e"]
+) -> Told:
+    """The chosen tokens of active rows, and whether they end them. Logits that are no finite numbers end their row."""
+    ended_b = jnp.any(chosen.tokens_b[:, None] == ends_be, axis=-1)
+    status_b = jnp.where(ended_b, ENDED, TOKEN)
+    status_b = jnp.where(jnp.isfinite(jnp.sum(logits_bv, axis=-1)), status_b, NOT_FINITE)
+    status_b = jnp.where(active_b, status_b, NOTHING).astype(jnp.int32)
+    return Told(chosen.tokens_b, status_b, *chosen[1:])
+
+
+def counted(seen: Seen, rows_b: Int[Array, "b"], said: Told) -> Seen:
+    """What rows have had, with the tokens that they said."""
+    added_b = (said.status_b == TOKEN).astype(jnp.int32)
+    return seen._replace(counts_bv=seen.counts_bv.at[rows_b, said.tokens_b].add(added_b))
+
+
+def prompt_logprobs(
+    form: Form, weights, x_btd: Float[Array, "b t d"], following_bt: Int[Array, "b t"]
+) -> Read:
+    """Log-probabilities of the tokens that follow; zeros, and no time, where nobody asks."""
+    b, t = following_bt.shape
+    most, block = MOST_LOGPROBS, min(LOGPROB_BLOCK, t)
+
+    def of_block(both: tuple[Array, Array]) -> Read:
+        x_bcd, following_bc = both
+        logits_bcv = form.logits(weights, x_bcd)
+        lse_bc = jax.nn.logsumexp(logits_bcv, -1)
+        own = jnp.take_along_axis(logits_bcv, jnp.maximum(following_bc, 0)[..., None], -1)[..., 0] - lse_bc
+        values, ids = jax.lax.top_k(logits_bcv, min(most, logits_bcv.shape[-1]))
+        pad = ((0, 0), (0, 0), (0, most - values.shape[-1]))
+        return Read(own, jnp.pad(ids.astype(jnp.int32), pad), jnp.pad(values - lse_bc[..., None], pad))
+
+    def blocks(x: Array) -> Array:
+        padded = jnp.pad(x, ((0, 0), (0, -t % block), *((0, 0),) * (x.ndim - 2)))
+        return jnp.swapaxes(padded.reshape(b, -1, block, *x.shape[2:]), 0, 1)
+
+    def whole(x: Array) -> Array:
+        return jnp.swapaxes(x, 0, 1).reshape(b, -1, *x.shape[3:])[:, :t]
+
+    def asked(x_btd: Array, following_bt: Array) -> Read:
+        return Read(*map(whole, jax.lax.map(of_block, (blocks(x_btd), blocks(following_bt)))))
+
+    def nobody(x_btd: Array, following_bt: Array) -> Read:
+        return Read(
+            jnp.zeros((b, t), jnp.float32),
+            jnp.zeros((b, t, most), jnp.int32),
+            jnp.zeros((b, t, most), jnp.float32),
+        )
+
+    return jax.lax.cond(jnp.any(following_bt >= 0), asked, nobody, x_btd, following_bt)
+
+
+def seat(state: RowState, row: Array, prompt_v: Bool[Array, "v"], counts_v: Int[Array, "v"]) -> RowState:
+    """A row with what it has had before it starts, for those with penalties."""
+    seen = Seen(state.seen.prompt_bv.at[row].set(prompt_v), state.seen.counts_bv.at[row].set(counts_v))
+    return state._replace(seen=seen)

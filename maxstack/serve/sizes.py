@@ -1,0 +1,53 @@
+"""Limits that fit the machine."""
+
+import logging
+
+import jax
+import psutil
+
+from maxstack.kernels.paged_attention import PageType
+from maxstack.models.paged.pools import page_bytes
+from maxstack.models.remat import platform
+from maxstack.models.transformer import TransformerConfig
+from maxstack.serve.plan import Limits
+
+log = logging.getLogger(__name__)
+
+PAGE = {"cpu": 64}
+"""Tokens a page: small ones share more of a prompt. Kernels for accelerators want `KERNEL_PAGE`."""
+KERNEL_PAGE = 128
+ROWS = {"cpu": 32}
+ACCELERATOR_ROWS = 256
+CHUNKS = {"cpu": ((1, 32), (1, 256))}
+ACCELERATOR_CHUNKS = ((1, 128), (1, 512), (4, 512), (8, 128))
+MOST_LENGTH = 8192
+"""Tokens of a sequence, where the model allows more and nobody asks for them."""
+SHARE = {"cpu": 0.25}
+"""Of the memory that is free, for the cache."""
+ACCELERATOR_SHARE = 0.85
+
+
+def default_limits(config: TransformerConfig, kv_dtype: PageType) -> Limits:
+    """Rows, pages and shapes for the platform at hand: as many pages as fit, no more than all rows can use."""
+    here = platform()
+    page, rows = PAGE.get(here, KERNEL_PAGE), ROWS.get(here, ACCELERATOR_ROWS)
+    length = min(config.max_length, MOST_LENGTH)
+    bytes_a_page = page_bytes(config, page, kv_dtype)
+    share = SHARE.get(here, ACCELERATOR_SHARE)
+    fitting = int(share * free_bytes()) // bytes_a_page
+    most = rows * -(-length // page)
+    pages = max(min(fitting, most), -(-length // page))
+    chunks = CHUNKS.get(here, ACCELERATOR_CHUNKS)
+    log.info("cache: %d pages of %d tokens, %.1f MB", pages, page, pages * bytes_a_page / 1e6)
+    return Limits(
+        rows=rows, page=page, pages=pages, max_length=length, chunks=chunks,
+        tokens_a_step=rows + max(rows * tokens for rows, tokens in chunks),
+    )  # fmt: skip
+
+
+def free_bytes() -> int:
+    """Memory that is free for the cache: of the first device, or of this machine."""
+    told = None if platform() == "cpu" else jax.local_devices()[0].memory_stats()
+    if told and "bytes_limit" in told:
+        return told["bytes_limit"] - told["bytes_in_use"]
+    return psutil.virtual_memory().available

@@ -1,0 +1,191 @@
+"""Requests, plans, results and failures in any order: pages, order, budget, and each request's answer."""
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from maxstack.serve.pages import Pages
+from maxstack.serve.prefix import Prefix, digest
+from maxstack.serve.scheduler import Scheduler
+from maxstack.serve.sequence import Sequence
+from tests.serve.machine import Serving
+
+COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+def weak(data: bytes) -> bytes:
+    """A hash with two values: everything collides."""
+    return bytes([digest(data)[0] % 2])
+
+
+class Colliding(Scheduler):
+    """The scheduler with a hash that is worth nothing."""
+
+    def __init__(self, limits):
+        super().__init__(limits)
+        self.prefix = Prefix(self.pages, limits.page, hashed=weak)
+
+
+class ServingWithCollisions(Serving):
+    scheduler_class = Colliding
+
+
+def test_any_order_of_events_keeps_the_pages_and_the_answers():
+    run_state_machine_as_test(Serving, settings=settings(max_examples=12, stateful_step_count=40, **COMMON))
+
+
+def test_colliding_hashes_share_nothing_that_differs():
+    run_state_machine_as_test(
+        ServingWithCollisions, settings=settings(max_examples=6, stateful_step_count=40, **COMMON)
+    )
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_keep_the_pages_and_the_answers():
+    run_state_machine_as_test(Serving, settings=settings(max_examples=200, stateful_step_count=50, **COMMON))
+
+
+# ------------------------------------------------------------------------------------------------- planted bugs
+def _released_while_written(patch):
+    release = Pages.release
+    patch.setattr(Pages, "release", lambda self, pages, after=None: release(self, pages))
+
+
+def _hash_believed(patch):
+    patch.setattr(Serving, "scheduler_class", Colliding)
+    patch.setattr(Prefix, "_same", lambda self, node, parent, salt, tokens: True)
+
+
+def _budget_off_by_one(patch):
+    budget = Scheduler._budget
+    patch.setattr(Scheduler, "_budget", lambda self, batch: budget(self, batch) + 1)
+
+
+def _freed_twice_on_cancel(patch):
+    finish = Scheduler._finish
+
+    def twice(self, sequence, reason, now=None):
+        pages = list(sequence.pages)
+        finish(self, sequence, reason, now)
+        if reason == "cancelled":
+            for page in pages:
+                self.pages.refs[page] or self.pages._free.append(page)
+
+    patch.setattr(Scheduler, "_finish", twice)
+
+
+def _old_results_taken(patch):
+    place = Scheduler._place
+
+    def without_epoch(self, sequence, found, now):
+        place(self, sequence, found, now)
+        sequence.epoch = 1
+
+    patch.setattr(Scheduler, "_place", without_epoch)
+
+
+def _named_too_early(patch):
+    patch.setattr(Sequence, "settled", property(lambda self: max(self.computed, len(self.tokens))))
+
+
+def _adapters_share(patch):
+    patch.setattr(Prefix, "salt", lambda self, tenant, adapter: digest(tenant.encode()))
+
+
+def _whole_prompt_from_the_cache(patch):
+    match = Prefix.match
+    patch.setattr(
+        Prefix, "match", lambda self, keys, salt, tokens, most: match(self, keys, salt, tokens, len(keys))
+    )
+
+
+def _table_not_sent(patch):
+    grow = Scheduler._grow
+
+    def silent(self, sequence, positions, batch):
+        dirty = sequence.dirty
+        grown = grow(self, sequence, positions, batch)
+        sequence.dirty = dirty
+        return grown
+
+    patch.setattr(Scheduler, "_grow", silent)
+
+
+def _evicted_with_its_name(patch):
+    def only_the_page(self, page):
+        del self._kept[page]
+        self._free.append(page)
+
+    init = Scheduler.__init__
+
+    def built(self, limits):
+        init(self, limits)
+        self.pages.on_evict = lambda page: only_the_page(self.pages, page)
+
+    patch.setattr(Scheduler, "__init__", built)
+
+
+def _first_in_order_gives_way(patch):
+    preempt = Scheduler._preempt
+
+    def wrong(self, sequence, batch):
+        preempt(self, self._running[0], batch)
+
+    patch.setattr(Scheduler, "_preempt", wrong)
+
+
+def _cancelled_result_heard(patch):
+    finish = Scheduler._finish
+
+    def unmarked(self, sequence, reason, now=None):
+        finish(self, sequence, reason, now)
+        sequence.finished = False
+
+    patch.setattr(Scheduler, "_finish", unmarked)
+
+
+def _promise_kept_for_ever(patch):
+    leave = Scheduler._leave
+
+    def forgetful(self, sequence):
+        promised = {key: s for key, s in self._promised.items() if s is sequence}
+        leave(self, sequence)
+        self._promised.update(promised)
+
+    patch.setattr(Scheduler, "_leave", forgetful)
+
+
+def _last_come_first_served(patch):
+    patch.setattr(Scheduler, "_admit", _reversed_queue(Scheduler._admit))
+
+
+def _reversed_queue(admit: Callable) -> Callable:
+    def wrong(self, batch, now):
+        self._waiting.reverse()
+        admit(self, batch, now)
+        self._waiting.sort(key=lambda s: s.order)
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        _released_while_written, _hash_believed, _budget_off_by_one, _freed_twice_on_cancel, _old_results_taken,
+        _named_too_early, _adapters_share, _whole_prompt_from_the_cache, _table_not_sent, _evicted_with_its_name,
+        _first_in_order_gives_way, _cancelled_result_heard, _promise_kept_for_ever, _last_come_first_served,
+    ],
+    ids=lambda bug: bug.__name__.strip("_"),
+)  # fmt: skip
+def test_a_planted_bug_is_found(bug, monkeypatch):
+    bug(monkeypatch)
+    with pytest.raises(Exception):  # noqa: B017 - whatever notices it first
+        run_state_machine_as_test(
+            Serving,
+            settings=settings(
+                max_examples=100, stateful_step_count=50, phases=[Phase.generate], database=None,
+                derandomize=True, report_multiple_bugs=False, print_blob=False, **COMMON,
+            ),
+        )  # fmt: skip
