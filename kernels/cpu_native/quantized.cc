@@ -267,7 +267,7 @@ static ffi::Error GroupedInt4Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32>
   int64_t rows = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[1], scales = scale.dimensions()[1] * n;
   const float* xp = x.typed_data();
   const uint8_t* wp = w.typed_data();
-  const auto* sp = reinterpret_cast<const uint16_t*>(scale.untyped_data());
+  const Bf16* sp = reinterpret_cast<const Bf16*>(scale.untyped_data());
   float* yp = y->typed_data();
   if (group != 32 && group != 128)
     return ffi::Error::InvalidArgument("grouped_int4_product: groups of 32 or 128");
