@@ -164,8 +164,9 @@ def block(
         total = pl.run_scoped(sums, plgpu.ACC((ROWS, columns), jnp.int32))
         rows, cols = pl.ds(m * TILE_ROWS + own * ROWS, ROWS), pl.ds(n * columns, columns)
         if scaled:
-            row_scale = plgpu.load(scale_m.at[rows], layout=plgpu.Layout.WGMMA.reduce(1))
-            column_scale = plgpu.load(scale_n.at[cols], layout=plgpu.Layout.WGMMA.reduce(0))
+            # Once a block, and not through shared memory: no transfer that is worth arranging.
+            row_scale = plgpu.load(scale_m.at[rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+            column_scale = plgpu.load(scale_n.at[cols], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
             total = total.astype(jnp.float32) * jax.lax.broadcast_in_dim(row_scale, total.shape, [0])
             total = total * jax.lax.broadcast_in_dim(column_scale, total.shape, [1])
         y_pmn[p, rows, cols] = total.astype(y_pmn.dtype)

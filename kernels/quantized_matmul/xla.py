@@ -5,6 +5,8 @@ matrix in full precision is written to memory. For many tokens a tile of the mat
 memory: it is made once and used by all of them.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -14,10 +16,10 @@ from maxstack.kernels.quantized_matmul.weight import QuantizedWeight, dequantize
 
 FEW_TOKENS = 64
 """Up to this many a product for each group is scaled after; beyond, [tokens, groups, outputs] would be the larger."""
-FEW_CPU_TOKENS = 2
-"""Up to this many rows XLA:CPU multiplies and sums while it converts; a product would write the matrix down first."""
 TILE_BYTES = 1 << 24
 """Of a tile of the matrix in float32."""
+LOOP_BYTES = 1 << 22
+"""The same on a CPU: a tile is read again while it is in a cache, and large enough for all cores to share."""
 LARGEST_INT8 = 127
 
 
@@ -25,7 +27,7 @@ def quantized_matmul(x_tk: Float[Array, "t k"], w: QuantizedWeight) -> Float[Arr
     """`x w^T`, summed in float32 and left so."""
     tokens, on_cpu = x_tk.shape[0], chip().platform == "cpu"
     if on_cpu:
-        return by_rows(x_tk, w) if tokens <= FEW_CPU_TOKENS else by_tiles(x_tk, w)
+        return by_loop(x_tk, w)
     if w.group == w.inputs and w.bits == 8:
         return dot(x_tk, w.values.astype(x_tk.dtype)) * w.scale.astype(jnp.float32)
     return by_groups(x_tk, w) if tokens <= FEW_TOKENS else by_tiles(x_tk, w)
@@ -64,21 +66,40 @@ def without_zeros(y_tn: Array, sums_tg: Array, w: QuantizedWeight) -> Array:
     return y_tn - sums_tg @ (w.scale.astype(jnp.float32) * w.zero.astype(jnp.float32))
 
 
-def by_rows(x_tk: Array, w: QuantizedWeight) -> Float[Array, "t n"]:
-    """Row by row, multiplied and summed while values are converted: XLA fuses this, and reads each byte once a row."""
-    pairs, sums_tg = operands(x_tk.astype(jnp.float32), w)
-    if (
-        w.values.dtype == jnp.int8 and w.group == w.inputs
-    ):  # without an axis of one group XLA:CPU is twice as fast
-        ((x_tgj, q_ngj),) = pairs
-        x, q = x_tgj[:, 0], q_ngj[:, 0]
-        rows = jnp.stack([(own * q.astype(jnp.float32)).sum(-1) for own in x])
-        return without_zeros(rows * w.scale.astype(jnp.float32), sums_tg, w)
-    rows = []
-    for row in range(x_tk.shape[0]):
-        y_ng = sum((x_tgj[row] * q_ngj.astype(jnp.float32)).sum(-1) for x_tgj, q_ngj in pairs)
-        rows.append((y_ng * w.scale.astype(jnp.float32).T).sum(-1))
-    return without_zeros(jnp.stack(rows), sums_tg, w)
+def by_loop(x_tk: Array, w: QuantizedWeight) -> Float[Array, "t n"]:
+    """On a CPU: outputs tile after tile in a loop, whose weights are made float32 in a cache and multiplied there.
+
+    An axis of groups is kept while weights are scaled: with a scale for each weight, or tiles one after the other in
+    place of the loop, XLA:CPU takes six to twenty times as long.
+    """
+    pairs_size, rows = 4 * w.scale.shape[0] * w.group, min(w.outputs, 8)
+    rows = max(rows, min(w.outputs, LOOP_BYTES // pairs_size // 8 * 8))
+    steps, x_tk = w.outputs // rows, x_tk.astype(jnp.float32)
+
+    def product(start: Array | int, count: int) -> Array:
+        part = outputs_of(w, start, count)
+        pairs, sums_tg = operands(x_tk, part)
+        scale_ng1 = part.scale.astype(jnp.float32).T[:, :, None]
+        y_tn = sum(
+            dot(x.reshape(len(x), -1), (q.astype(jnp.float32) * scale_ng1).reshape(count, -1)) for x, q in pairs
+        )
+        return without_zeros(y_tn, sums_tg, part)
+
+    tiles_itr = jax.lax.map(lambda i: product(i * rows, rows), jnp.arange(steps))
+    y_tn = jnp.moveaxis(tiles_itr, 0, 1).reshape(len(x_tk), steps * rows)
+    rest = w.outputs - steps * rows
+    return jnp.concatenate([y_tn, product(steps * rows, rest)], 1) if rest else y_tn
+
+
+def outputs_of(w: QuantizedWeight, start: Array | int, count: int) -> QuantizedWeight:
+    """The part of a weight that gives some of its outputs."""
+
+    def of_groups(array: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(array, start, count, 1)
+
+    values = jax.lax.dynamic_slice_in_dim(w.values, start, count, 0)
+    zero = None if w.zero is None else of_groups(w.zero)
+    return dataclasses.replace(w, values=values, scale=of_groups(w.scale), zero=zero)
 
 
 def by_groups(x_tk: Array, w: QuantizedWeight) -> Float[Array, "t n"]:

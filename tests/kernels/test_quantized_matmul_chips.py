@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from maxstack.kernels.quantized_matmul import (
     QuantizedWeight,
     mosaic_gpu,
+    mosaic_gpu_int8,
     mosaic_tpu,
     quantized_matmul,
     stored,
@@ -88,6 +89,25 @@ def test_hopper_blocks_add_up_without_races(kind, zeros, capfd):
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize(
+    ("tokens", "n", "k", "splits"),
+    [
+        (5, 128, 640, 1),  # the weight on the left; more steps than stages
+        pytest.param(70, 128, 256, 1, marks=pytest.mark.slow),  # x on the left
+        pytest.param(5, 128, 512, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_hopper_products_of_int8_are_exact_without_races(tokens, n, k, splits, monkeypatch, capfd):
+    x, w, _ = case("int8", False, tokens, n, k)
+    q, scale = xla.rounded_rows(x)
+    monkeypatch.setattr(mosaic_gpu_int8, "splits_for", lambda steps, blocks: splits)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        y = jax.block_until_ready(mosaic_gpu_int8.int8_product(q, scale, w, jnp.dtype(jnp.float32)))
+    meant = (np.asarray(q, np.float64) @ np.asarray(w.values, np.float64).T) * np.asarray(scale)[:, None]
+    np.testing.assert_allclose(np.asarray(y), meant * np.asarray(w.scale), rtol=1e-6)
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
 @pytest.mark.slow
 def test_hopper_parts_of_the_inputs_and_tiles_of_tokens_add_up(capfd):
     x, w, meant = case("int4-g32", True, 70, 256, 256)
@@ -121,6 +141,34 @@ def test_tpu_programs_hold_the_kernel_and_no_whole_weight(chip, kind):
     assert (
         compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 // 2
     )  # nothing as large as the weight itself
+
+
+def int8_program(tokens: int, n: int, k: int):
+    """x and the weight in int8, on Hopper."""
+    x, w = jax.ShapeDtypeStruct((tokens, k), jnp.bfloat16), weight("int8", n, k)
+    return compiled_for("h200", lambda x, w: quantized_matmul(x, w, activations="int8"), x, w)
+
+
+@needs_cuda_compiler
+def test_hopper_products_of_int8_spill_nothing(monkeypatch, capfd):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    for shape in ((16, 1024, 1024), (4096, 4096, 1024)):
+        assert "mosaic_gpu" in str(int8_program(*shape).as_text())
+    told = "".join(capfd.readouterr())
+    spilled = re.findall(r"(\d+) bytes spill", told)
+    assert spilled
+    assert not any(map(int, spilled)), told
+
+
+@pytest.mark.slow
+@needs_cuda_compiler
+def test_hopper_compiles_every_shape_of_int8(monkeypatch, capfd):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    for tokens in TOKENS:
+        for n, k in WEIGHTS:
+            assert "mosaic_gpu" in str(int8_program(tokens, n, k).as_text())
+    told = "".join(capfd.readouterr())
+    assert not any(map(int, re.findall(r"(\d+) bytes spill", told)))
 
 
 @needs_cuda_compiler
