@@ -84,7 +84,9 @@ def costs(program: Any, flops: float, moved: float) -> Row:
     row |= {
         "of them needed": f"{flops / max(cost['flops'], 1):.0%} / {moved / max(cost['bytes accessed'], 1):.0%}"
     }
-    seconds = cost["optimal_seconds"]  # of some programs below 0: what the compiler does not know counts as -1 or so
+    seconds = cost[
+        "optimal_seconds"
+    ]  # of some programs below 0: what the compiler does not know counts as -1 or so
     row |= {"compiler's µs": f"{seconds * 1e6:,.0f}" if seconds > 0 else "-"}
     return row | {"program KB": f"{memory.generated_code_size_in_bytes / 1e3:.0f}"}
 
