@@ -121,7 +121,7 @@ def recorded(name: str) -> list[Row]:
 
 
 def grown(name: str, rows: list[Row], tolerance: float = 0.1) -> list[str]:
-    """What takes a tenth more than the page says, and rows that are not there."""
+    """What takes a tenth more than the page says, kernels that are in no program any more, rows that are not there."""
     names, compared = TABLES[name].names, TABLES[name].compared
     known = {tuple(row[part] for part in names): row for row in recorded(name)}
     found = []
@@ -132,7 +132,8 @@ def grown(name: str, rows: list[Row], tolerance: float = 0.1) -> list[str]:
             continue
         for column in (column for column in row if column.startswith(compared)):
             old, new = number(known[key].get(column, "-")), number(row[column])
-            if new > old * (1 + tolerance) + least(row[column]):
+            gone = row[column] == "-" != known[key].get(column, "-")
+            if gone or new > old * (1 + tolerance) + least(row[column]):
                 found.append(f"{name}: {', '.join(key)}: {column} {known[key].get(column)} -> {row[column]}")
     return found
 

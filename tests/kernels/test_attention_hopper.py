@@ -304,11 +304,6 @@ def check_compiled(model, mask):
 
 
 @needs_cuda_compiler
-def test_hopper_code_spills_nothing():
-    check_compiled("8B", "packed")
-
-
-@needs_cuda_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("model", list(MODELS))
 @pytest.mark.parametrize("mask", list(MASKS))

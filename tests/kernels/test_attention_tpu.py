@@ -444,7 +444,7 @@ def kernels_in(program) -> int:
 @pytest.mark.parametrize(
     ("chip", "model", "t", "kernels"),
     [
-        ("v5e", "1B", 2048, 2),
+        pytest.param("v5e", "1B", 2048, 2, marks=pytest.mark.slow),
         pytest.param("v6e", "MLA", 2048, 2, marks=pytest.mark.slow),
         pytest.param("v7x", "70B", 8192, 3, marks=pytest.mark.slow),
     ],

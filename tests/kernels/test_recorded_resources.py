@@ -15,8 +15,8 @@ from tests.kernels.chips import needs_cuda_compiler, needs_libtpu
 QUICK = [
     ("tpu-paged", {"chip": "v6e", "model": "8B", "pages": "int8", "queries": "1"}),
     ("tpu-quantized", {"chip": "v5e", "model": "8B", "weights": "int4-g128", "tokens": "16"}),
-    ("tpu-attention", {"chip": "v7x", "model": "1B", "tokens": "2048"}),
-    ("hopper-attention", {"model": "8B", "mask": "causal"}),
+    ("tpu-attention", {"chip": "v5e", "model": "1B", "tokens": "2048"}),
+    ("hopper-attention", {"model": "8B", "mask": "packed"}),
     ("hopper-quantized", {"model": "8B", "weights": "int8", "tokens": "64"}),
 ]
 MARKS = {"tpu": needs_libtpu, "hopper": needs_cuda_compiler}
@@ -86,6 +86,9 @@ def test_a_tenth_more_is_let_pass_and_beyond_it_is_told(page):
     ]
     assert grown("hopper-paged", [row("8B", "int8", "1", spilled="4")]) == [
         "hopper-paged: 8B, int8, 1: spilled bytes 0 -> 4"
+    ]
+    assert grown("hopper-paged", [row("8B", "int8", "1", shared="-")]) == [
+        "hopper-paged: 8B, int8, 1: shared KiB 64.0 -> -"
     ]
     assert grown("hopper-paged", [row("8B", "int8", "256")]) == [
         "hopper-paged: 8B, int8, 256 is not on the page"
