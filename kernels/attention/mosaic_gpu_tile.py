@@ -47,12 +47,14 @@ class Blocks:
     interpreter of GPU kernels can follow. Nothing else differs."""
 
     @staticmethod
-    def of(h: int, w: int, softcap: float | None = None) -> "Blocks":
-        """For a head size of queries and keys, and one of values. The slope of a soft cap needs registers too."""
+    def of(h: int, w: int, softcap: float | None = None, packed: bool = False) -> "Blocks":
+        """For a head size of queries and keys, and one of values. The slope of a soft cap needs registers too, and so
+        do segments."""
         split = h + w > (256 if softcap is None else 192)
         if h > 192:
             queries = 64 if softcap is None else 32
-            return Blocks(forward_key=64, dq_key=32, dkv_query=queries, split_dkv=split)
+            keys = 32 if softcap is None and not packed else 16
+            return Blocks(forward_key=64, dq_key=keys, dkv_query=queries, split_dkv=split)
         return Blocks(forward_key=128, dq_key=64, dkv_query=64, split_dkv=split)
 
 
