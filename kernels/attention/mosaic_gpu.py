@@ -52,8 +52,8 @@ from maxstack.kernels.attention.mosaic_gpu_forward import forward
 from maxstack.kernels.attention.mosaic_gpu_tile import COMPUTE, LOG2E, LOW, ROWS, Blocks, blocks_for
 
 HEAD_SIZES = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
-"""(of queries and keys, of values) that were compiled for the hardware, without spilling a register but at 256: there
-the queries' gradient of packed rows spills a few (`benchmarks/kernel_registers.py`)."""
+"""(of queries and keys, of values) that were compiled for the hardware, without spilling a register
+(`benchmarks/kernel_registers.py`)."""
 
 
 def declined(q_btnh, k_bskh, v_bskw, options: Options, at: Coordinates, config: object) -> str | None:
@@ -80,13 +80,13 @@ def declined(q_btnh, k_bskh, v_bskw, options: Options, at: Coordinates, config: 
 
 
 def _forward(options, blocks, q_btnh, k_bskh, v_bskw, sinks_n, at):
-    blocks = blocks or blocks_for("forward", q_btnh, v_bskw, options.softcap)
+    blocks = blocks or blocks_for("forward", q_btnh, v_bskw, options.softcap, at)
     out, lse_bnt = forward(options, blocks, q_btnh, k_bskh, v_bskw, sinks_n, at)
     return out, jnp.swapaxes(lse_bnt[:, :, : q_btnh.shape[1]], 1, 2)
 
 
 def _backward(options, blocks, q_btnh, k_bskh, v_bskw, at, lse, delta, dout):
-    blocks = blocks or blocks_for("backward", q_btnh, v_bskw, options.softcap)
+    blocks = blocks or blocks_for("backward", q_btnh, v_bskw, options.softcap, at)
     # The weights of a query that saw nothing, or is none: 2^(S - 1e30) = 0.
     lse = _by_head(jnp.where(lse == jnp.inf, -LOW, lse * LOG2E), -LOW)
     arrays = (q_btnh, k_bskh, v_bskw, dout.astype(q_btnh.dtype), lse, _by_head(delta, 0.0), at)

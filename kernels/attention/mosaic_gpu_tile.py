@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from maxstack.kernels import tiles
-from maxstack.kernels.attention.masks import Options
+from maxstack.kernels.attention.masks import Coordinates, Options
 
 LOG2E = math.log2(math.e)
 ROWS = 64
@@ -48,12 +48,14 @@ class Blocks:
     interpreter of GPU kernels can follow. Nothing else differs."""
 
     @staticmethod
-    def of(h: int, w: int, softcap: float | None = None) -> "Blocks":
-        """For a head size of queries and keys, and one of values. The slope of a soft cap needs registers too."""
+    def of(h: int, w: int, softcap: float | None = None, packed: bool = False) -> "Blocks":
+        """For a head size of queries and keys, and one of values. The slope of a soft cap needs registers too, and so
+        do segments."""
         split = h + w > (256 if softcap is None else 192)
         if h > 192:
             queries = 64 if softcap is None else 32
-            return Blocks(forward_key=64, dq_key=32, dkv_query=queries, split_dkv=split)
+            keys = 32 if softcap is None and not packed else 16
+            return Blocks(forward_key=64, dq_key=keys, dkv_query=queries, split_dkv=split)
         return Blocks(forward_key=128, dq_key=64, dkv_query=64, split_dkv=split)
 
 
@@ -63,11 +65,15 @@ AXES = {
 }
 
 
-def blocks_for(which: str, q_btnh: jax.Array, v_bskw: jax.Array, softcap: float | None) -> Blocks:
+def blocks_for(
+    which: str, q_btnh: jax.Array, v_bskw: jax.Array, softcap: float | None, at: Coordinates
+) -> Blocks:
     """What the tables have for the "forward" or "backward" pass of a call, else `Blocks.of`."""
     (t, h), (s, w) = q_btnh.shape[1::2], v_bskw.shape[1::2]
-    shape = {"t": tiles.about(t), "s": tiles.about(s), "h": h, "w": w, "cap": int(softcap is not None)}
-    blocks, axes = Blocks.of(h, w, softcap), AXES[which]
+    packed = at.q_segments is not None
+    shape = {"t": tiles.about(t), "s": tiles.about(s), "h": h, "w": w}
+    shape |= {"cap": int(softcap is not None), "packed": int(packed)}
+    blocks, axes = Blocks.of(h, w, softcap, packed), AXES[which]
     rule = {name: getattr(blocks, name) for name in axes}
     found: dict[str, Any] = tiles.chosen(
         f"attention.mosaic_gpu.{which}", q_btnh.dtype, shape, rule, axes=axes, fault=_fault
@@ -76,9 +82,9 @@ def blocks_for(which: str, q_btnh: jax.Array, v_bskw: jax.Array, softcap: float 
 
 
 def _fault(sizes: tiles.Sizes) -> str | None:
-    """A product takes 8 to 256 columns; blocks are swizzled by 32 at least."""
-    wrong = {name: size for name, size in sizes.items() if size % 32 or size > 256}
-    return f"blocks of {wrong}; they must be multiples of 32 up to 256" if wrong else None
+    """A product takes 8 to 256 columns; blocks are swizzled by 32 bytes at least."""
+    wrong = {name: size for name, size in sizes.items() if size % 16 or size > 256}
+    return f"blocks of {wrong}; they must be multiples of 16 up to 256" if wrong else None
 
 
 def shared(shape: tuple[int, ...], dtype, widest: int = 128):

@@ -107,7 +107,7 @@ def _tokens(h: int) -> int:
 
 def paged_attention(
     q_btnh: Float[Array, "b t n h"],
-    cache: KVCache,
+    cache: KVCache | LatentCache,
     table_bp: Int[Array, "b p"],
     lengths_b: Int[Array, "b"],
     options: Options,

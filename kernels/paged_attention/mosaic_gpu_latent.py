@@ -108,8 +108,8 @@ def _call(
     m, h = work.q_rkmh.shape[2:]
     half, f32 = value_size // COMPUTE, jnp.float32
     scratch = {
-        "q_s": plgpu.SMEM((TILE, h), jnp.bfloat16, transforms=tiles(h, jnp.bfloat16)),
-        "latents_s": plgpu.SMEM((COMPUTE, h, TILE), jnp.bfloat16, transforms=tiles(TILE, jnp.bfloat16)),
+        "q_s": plgpu.SMEM((1, TILE, h), jnp.bfloat16, transforms=tiles(h, jnp.bfloat16)),
+        "blocks_s": plgpu.SMEM((COMPUTE, h, TILE), jnp.bfloat16, transforms=tiles(TILE, jnp.bfloat16)),
         "top_s": plgpu.SMEM((COMPUTE, TILE), f32),
         "q_ready": plgpu.Barrier(),
         "ready": plgpu.Barrier(num_barriers=COMPUTE),
@@ -119,12 +119,17 @@ def _call(
 
     def latent_paged_attention(
         q, pages, table, sequences, ends, firsts, lasts, out, tops, totals,
-        *, q_s, latents_s, top_s, q_ready, ready, weighed, free,
+        *, q_s, blocks_s, top_s, q_ready, ready, weighed, free,
     ):  # fmt: skip
         tile, piece, warpgroup = lax.axis_index("tile"), lax.axis_index("piece"), lax.axis_index("warpgroup")
         sequence, first, end = sequences[piece], firsts[piece], ends[piece]
         steps = lasts[piece] - first
         rows = pl.ds(tile * TILE, TILE)
+
+        def unmoved(i):
+            """0, but not to the compiler: addresses that no step changes it would make once, for all products, and
+            keep, in more registers than there are."""
+            return lax.div(i, steps)
 
         def left_of(i, block: int):
             """Tokens of a block before the end; none if its entry is no page."""
@@ -133,11 +138,18 @@ def _call(
 
         def weigh(i, own: int, top, total):
             """The weights of the warpgroup's own block, into the place of its rotated part."""
-            block = latents_s.at[own]
+            block = blocks_s.at[own + unmoved(i)]
             plgpu.barrier_wait(ready.at[own])
-            logits = _scaled(product(q_s, block), options)
-            seen = _visible(left_of(i, own), tile, options, each, group)
-            logits = jnp.where(seen, logits, -jnp.inf)
+            logits = _scaled(product(q_s.at[unmoved(i)], block), options)
+            left = left_of(i, own)
+            partly = left < TILE + each - 1
+            if options.window is not None:
+                partly |= left > options.window
+
+            def hide(logits):
+                return jnp.where(_visible(left, tile, options, each, group), logits, -jnp.inf)
+
+            logits = lax.cond(partly, hide, lambda logits: logits, logits)
             new_top = jnp.maximum(top, logits.max(axis=1))
             weights = jnp.exp2(logits - across(new_top, logits))
             block.at[pl.ds(value_size, TILE)][...] = weights.astype(jnp.bfloat16)
@@ -153,7 +165,8 @@ def _call(
             plgpu.barrier_wait(weighed.at[block])
             new_top = plgpu.load(top_s.at[block], layout=ROW)
             shrink = jnp.exp2(top - new_top)
-            values = latents_s.at[block, pl.ds(own * half, half)]
+            held = blocks_s.at[block + unmoved(i)]
+            values = held.at[pl.ds(own * half, half)]
             left = left_of(i, block)
 
             @pl.when(left < TILE + each - 1)
@@ -161,7 +174,7 @@ def _call(
                 clear_values(values, left, each)
                 plgpu.commit_smem()
 
-            weights = latents_s.at[block, pl.ds(value_size, TILE)]
+            weights = held.at[pl.ds(value_size, TILE)]
             spare = True if through_shared else None
             (acc,) = add_products(
                 (acc * across(shrink, acc),), (weights,), (values.transpose((1, 0)),), spare
@@ -196,14 +209,14 @@ def _call(
         @pl.when(warpgroup == COMPUTE)
         def _move_memory():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            plgpu.copy_gmem_to_smem(q.at[lax.div(piece, options.splits), 0, rows], q_s, q_ready)
+            plgpu.copy_gmem_to_smem(q.at[lax.div(piece, options.splits), 0, rows], q_s.at[0], q_ready)
 
             def load(i, _):
                 where = jnp.maximum(table[sequence, first + i], 0)
                 for block in range(COMPUTE):
                     pl.when(i > 0)(lambda block=block: plgpu.barrier_wait(free.at[block]))
                     source = pages.at[where, :, pl.ds(block * TILE, TILE)]
-                    plgpu.copy_gmem_to_smem(source, latents_s.at[block], ready.at[block])
+                    plgpu.copy_gmem_to_smem(source, blocks_s.at[block], ready.at[block])
 
             lax.fori_loop(0, steps, load, None)
 

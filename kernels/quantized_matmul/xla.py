@@ -81,7 +81,8 @@ def by_loop(x_tk: Array, w: QuantizedWeight) -> Float[Array, "t n"]:
         pairs, sums_tg = operands(x_tk, part)
         scale_ng1 = part.scale.astype(jnp.float32).T[:, :, None]
         y_tn = sum(
-            dot(x.reshape(len(x), -1), (q.astype(jnp.float32) * scale_ng1).reshape(count, -1)) for x, q in pairs
+            dot(x.reshape(len(x), -1), (q.astype(jnp.float32) * scale_ng1).reshape(count, -1))
+            for x, q in pairs
         )
         return without_zeros(y_tn, sums_tg, part)
 
