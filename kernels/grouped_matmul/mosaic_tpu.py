@@ -33,6 +33,9 @@ VMEM_MIB = {"v5e": 96, "v5p": 56, "v6e": 96, "v7x": 56}
 """On-chip memory a kernel may take: three quarters of the 128 MiB of a v5e or v6e, seven eighths of 64 MiB."""
 FEWEST_VMEM_MIB = 14
 """Of a generation without a number above: no more than the 16 MiB of the smallest."""
+MOST_PACKED_INPUTS = 2048
+MOST_WHOLE = 4096
+"""A size that is no multiple of the lanes is taken whole."""
 WITHOUT_BFLOAT16 = ("v2", "v3")
 MOST_VISITS = 40_000
 """Five numbers each in scalar memory, which holds 2**18."""
@@ -72,10 +75,6 @@ def declined(x_td: Array, w: Array | QuantizedWeight, group_sizes_e: Array) -> s
     return None
 
 
-MOST_WHOLE = 4096
-"""A size that is no multiple of the lanes is taken whole."""
-
-
 def vmem_bytes() -> int:
     """What a kernel may take."""
     return VMEM_MIB.get(chip().name, FEWEST_VMEM_MIB) * 2**20
@@ -100,10 +99,12 @@ def cut(size: int, most: int) -> int:
 def tiles_for(
     rows: int, groups: int, inputs: int, outputs: int, w_bits: int, itemsize: int, vmem: int
 ) -> Tiles:
-    """All inputs at a time where the matrix of a group, in columns wide enough, fits twice: then it is fetched once."""
+    """All inputs at a time where the matrix of a group, in columns wide enough, fits twice: then it is fetched once.
+    Of packed weights, which are widened in code for each group of inputs, no more than MOST_PACKED_INPUTS."""
     tile, part = row_tiles(rows, groups, itemsize)
     budget = vmem * 2 // 3
-    for most_inputs in (inputs, 4096, 2048, 1024, 512, 256, LANES):
+    most = inputs if w_bits >= 16 else MOST_PACKED_INPUTS
+    for most_inputs in (most, 4096, 2048, 1024, 512, 256, LANES):
         bk = cut(inputs, most_inputs)
         # Twice of everything that is fetched or written, and the sums.
         fixed, each = 2 * tile * bk * itemsize, 2 * bk * w_bits // 8 + 2 * tile * itemsize + 4 * tile
