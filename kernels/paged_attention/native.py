@@ -1,4 +1,4 @@
-"""Pages on a CPU, in C++: each byte that a query sees is read once, in any type of page, and nothing is copied to write.
+"""Pages on a CPU, in C++: each byte that a query sees is read once, in any type of page.
 
 What a query gets does not depend, to the last bit, on the other queries of its chunk, on other sequences, nor on the
 number of threads: unless `splits` is given, parts of a sequence begin at the same positions whatever its length.

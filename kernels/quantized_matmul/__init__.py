@@ -65,7 +65,9 @@ def quantized_matmul(
         y = local_product(x, layout.held(w), implementation, activations, own, layout.inputs)
         return jax.lax.psum(y, layout.inputs).astype(dtype) if layout.inputs else y
 
-    return jax.shard_map(held, mesh=layout.mesh, in_specs=(layout.x, layout.weight(w)), out_specs=layout.y)(x, w)
+    return jax.shard_map(held, mesh=layout.mesh, in_specs=(layout.x, layout.weight(w)), out_specs=layout.y)(
+        x, w
+    )
 
 
 def local_product(
@@ -137,7 +139,12 @@ def product(
 
 
 def forward(
-    taken: str, activations: Activations, dtype: jnp.dtype, over: tuple[str, ...], x_tk: Array, w: QuantizedWeight
+    taken: str,
+    activations: Activations,
+    dtype: jnp.dtype,
+    over: tuple[str, ...],
+    x_tk: Array,
+    w: QuantizedWeight,
 ) -> tuple[Array, tuple[Array, QuantizedWeight]]:
     """The product, and what the gradient of x needs: of x its type alone."""
     return product(taken, activations, dtype, over, x_tk, w), (x_tk[:0], w)

@@ -82,7 +82,7 @@ class Packing:
         place = self.places[leaf]
         stacked = array.shape[: array.ndim - place.axes]
         parts = [packed_matrix(array[index], place, self.storage) for index in np.ndindex(*stacked)]
-        found = {leaf: array} if place.kept else {}
+        found: dict[str, Any] = {leaf: array} if place.kept else {}
         for at, name in enumerate(ARRAYS):
             arrays = [part[at] for part in parts]
             if name == "scale" and not all(np.isfinite(a.astype(np.float32)).all() for a in arrays):
@@ -91,7 +91,11 @@ class Packing:
                 )
             whole = arrays[0] if not stacked else np.stack(arrays).reshape(*stacked, *arrays[0].shape)
             found[f"{place.packed}.{name}"] = jnp.asarray(whole) if self.homes is None else whole
-        return found if self.homes is None else {key: jax.device_put(a, self.homes[key]) for key, a in found.items()}
+        return (
+            found
+            if self.homes is None
+            else {key: jax.device_put(a, self.homes[key]) for key, a in found.items()}
+        )
 
 
 def place_of(name: str, linear: Linear, kind: Kind) -> Place:

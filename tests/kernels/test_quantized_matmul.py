@@ -306,7 +306,11 @@ def test_tokens_in_int8_have_one_scale_over_all_devices():
     mesh = jax.make_mesh((8,), ("tensor",))
     w, x = example(16, 256, "int8", False)[1], jnp.asarray(drawn(3, 256))
     cut = QuantizedWeight(
-        values=placed(mesh, w.values, None, "tensor"), scale=placed(mesh, w.scale), zero=None, inputs=256, group=256
+        values=placed(mesh, w.values, None, "tensor"),
+        scale=placed(mesh, w.scale),
+        zero=None,
+        inputs=256,
+        group=256,
     )
     with jax.set_mesh(mesh):
         found = product(placed(mesh, x), cut, activations="int8")
@@ -319,7 +323,11 @@ def test_inputs_that_are_no_whole_groups_are_gathered():
     mesh = jax.make_mesh((8,), ("tensor",))
     w, x = example(8, 192, "int4-g32", False)[1], jnp.asarray(drawn(3, 192))
     cut = QuantizedWeight(
-        values=placed(mesh, w.values, None, "tensor"), scale=placed(mesh, w.scale), zero=None, inputs=192, group=32
+        values=placed(mesh, w.values, None, "tensor"),
+        scale=placed(mesh, w.scale),
+        zero=None,
+        inputs=192,
+        group=32,
     )
     with jax.set_mesh(mesh):
         found = product(placed(mesh, x, None, "tensor"), cut)

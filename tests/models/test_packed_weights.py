@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import maxstack
+from maxstack import sharding
 from maxstack.config import UserError
 from maxstack.kernels.quantized_matmul import KINDS, dequantize, quantize
-from maxstack import sharding
 from maxstack.models import packing, presets, tree
 from maxstack.models.generation import Generator, SamplingParams
 from maxstack.models.generation.programs import programs_for
