@@ -167,6 +167,7 @@ void int4_columns(const Int4& s, const float* x, const uint8_t* w, const float* 
     run(std::integral_constant<int, 8>{});
     run(std::integral_constant<int, 4>{});
   }
+  if constexpr (R == 2) run(std::integral_constant<int, 4>{});
   if constexpr (R <= 2) run(std::integral_constant<int, 2>{});
   run(std::integral_constant<int, 1>{});
 }
@@ -226,7 +227,8 @@ void int4_pieces(ffi::ThreadPool& pool, Int4 s, const float* x, const uint8_t* w
       part.last = std::min(s.chunks, part.first + at_once);
       o = first;
       if (s.rows == 1) run(std::integral_constant<int, 4>{});
-      if (s.rows < 4) run(std::integral_constant<int, 2>{});
+      // Of many rows each load of x is worth more than each conversion.
+      if (s.rows < 4 || s.rows > 8) run(std::integral_constant<int, 2>{});
       run(std::integral_constant<int, 1>{});
     }
   });

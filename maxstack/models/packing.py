@@ -85,7 +85,7 @@ class Packing:
         place = self.places[leaf]
         stacked = array.shape[: array.ndim - place.axes]
         parts = [packed_matrix(array[index], place, self.storage) for index in np.ndindex(*stacked)]
-        found = {leaf: array} if place.kept else {}
+        found: dict[str, Any] = {leaf: array} if place.kept else {}
         for at, name in enumerate(ARRAYS):
             arrays = [part[at] for part in parts]
             if name == "scale" and not all(np.isfinite(a.astype(np.float32)).all() for a in arrays):
