@@ -301,8 +301,9 @@ def test_what_it_declines_and_why():
 
 def check_compiled(shapes, masks):
     rows = list(attention_rows(shapes, masks))
-    assert [row["kernel"] for row in rows] == ["attention_forward", "attention_dkv", "attention_dq"] * (
-        len(shapes) * len(masks)
+    # The compiler takes them in any order.
+    assert sorted(row["kernel"] for row in rows) == sorted(
+        ["attention_forward", "attention_dkv", "attention_dq"] * (len(shapes) * len(masks))
     )
     for row in rows:
         assert row["spilled"] == 0, row
