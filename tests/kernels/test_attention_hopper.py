@@ -303,7 +303,8 @@ def test_what_it_declines_and_why():
 def check_compiled(model, mask):
     function, arguments = attention_of(model, 8192, mask=mask)
     rows = kernel_resources(function, *arguments)
-    assert [row["kernel"] for row in rows] == ["attention_forward", "attention_dkv", "attention_dq"]
+    # The compiler takes them in any order.
+    assert sorted(row["kernel"] for row in rows) == ["attention_dkv", "attention_dq", "attention_forward"]
     for row in rows:
         assert row["spilled"] == 0, row
         assert not row["serialized"], row
