@@ -4,6 +4,7 @@ It stands outside of the backends, so that all keep the same three arrays for th
 reads is not computed.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -13,7 +14,7 @@ from maxstack.kernels.grouped_matmul import mosaic_gpu, mosaic_tpu, native, xla
 from maxstack.kernels.grouped_matmul.quantized import whole
 from maxstack.kernels.quantized_matmul.weight import QuantizedWeight
 
-ROWS = {
+ROWS: dict[str, Callable[..., Array]] = {
     "mosaic_tpu": mosaic_tpu.rows,
     "mosaic_gpu": mosaic_gpu.rows,
     "cpu_native": native.rows,

@@ -55,7 +55,7 @@ def rows(
     # A product takes whole swizzled rows: those of a group of 32 have 64 bytes.
     row = min(64, INPUTS // each)
     bf16 = (plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(2 * row))
-    scratch = {
+    scratch: dict[str, Any] = {
         "ws": plgpu.SMEM((stages, GROUPS * ROWS, INPUTS), w.values.dtype, transforms=w_transforms),
         "xs": plgpu.SMEM((stages, size, INPUTS), jnp.bfloat16, transforms=bf16),
         "ss": plgpu.SMEM((stages, each, GROUPS * ROWS), scales.dtype) if grouped else None,

@@ -213,12 +213,11 @@ def _by_scales(x: Array, w_ref, scale_ref) -> Array:
     """Each group's sum is scaled after its product: no weight is rounded again."""
     each = scale_ref.shape[0]
     size = x.shape[1] // each
-    total = None
+    total = jnp.zeros((x.shape[0], w_ref.shape[0]), jnp.float32)
     for g in range(each):
         at = slice(g * size, (g + 1) * size)
         part = product(x[:, at], in_type(w_ref[:, at], x.dtype), (1, 1))
-        part = part * scale_ref[g, :][None, :].astype(jnp.float32)
-        total = part if total is None else total + part
+        total += part * scale_ref[g, :][None, :].astype(jnp.float32)
     return total
 
 
@@ -226,7 +225,8 @@ def _rows_kernel(
     group_ref, tile_ref, first_ref, end_ref, real_ref, x_ref, *refs, part: int, steps: int, multiply: Multiply
 ):
     """One visit with one tile of inputs."""
-    w_refs, y_ref, sums = (refs[:-1], refs[-1], None) if steps == 1 else (refs[:-2], refs[-2], refs[-1])
+    sums: Any = refs[-1] if steps > 1 else None
+    *w_refs, y_ref = refs[:-1] if steps > 1 else refs
     v, k = pl.program_id(1), pl.program_id(2)
     first, end, real = first_ref[v], end_ref[v], real_ref[v] == 1
 
@@ -275,8 +275,8 @@ def _each_part(rows: int, part: int, first, end, work: Callable) -> None:
         def one(i, _):
             work(pl.multiple_of(i * part, part), part, True)
 
-        of_parts = [jax.lax.div(row, jnp.int32(part)) for row in (first, end + part - 1)]
-        jax.lax.fori_loop(*of_parts, one, None)
+        begin, behind = (jax.lax.div(row, jnp.int32(part)) for row in (first, end + part - 1))
+        jax.lax.fori_loop(begin, behind, one, None)
 
 
 def matrices(
@@ -339,14 +339,15 @@ def _matrices_kernel(
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     def work(start: Any, size: int, masked: bool):
-        operands = []
-        for ref in (x_ref, dy_ref):
+        def own(ref):
             block = ref[pl.ds(start, size)]
-            if masked:  # both: 0 · NaN of a row of another group would be NaN
-                row = start + jax.lax.broadcasted_iota(jnp.int32, block.shape, 0)
-                block = jnp.where((row >= first) & (row < end), block, jnp.zeros_like(block))
-            operands.append(block)
-        sum_ref[...] += product(*operands, (0, 0))
+            if not masked:
+                return block
+            row = start + jax.lax.broadcasted_iota(jnp.int32, block.shape, 0)
+            return jnp.where((row >= first) & (row < end), block, jnp.zeros_like(block))
+
+        # Both are masked: 0 · NaN of a row of another group would be NaN.
+        sum_ref[...] += product(own(x_ref), own(dy_ref), (0, 0))
 
     _each_part(x_ref.shape[0], part, first, end, work)
 

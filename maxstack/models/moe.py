@@ -139,7 +139,8 @@ class MoE(nnx.Module):
         chosen_btj, weights_btj, aux = self.route(x, real_bt)
         weights_btj = weights_btj.astype(x.dtype)
         offsets = [b[...] for b in (self.gate_b, self.up_b) if b is not None]
-        experts = Experts(*(self.matrix(name) for name in self.matrices), *offsets)
+        gate, up, down = (self.matrix(name) for name in self.matrices)
+        experts = Experts(gate, up, down, *offsets)
         y = run_experts(x, chosen_btj, weights_btj, experts, self.config)
         if self.down_b is not None:  # the chosen experts' last offsets: one product with the weights of all
             picked = jax.nn.one_hot(chosen_btj, self.config.experts, dtype=x.dtype)
