@@ -22,7 +22,9 @@ NAP_S = 0.01
 """Wait before asking the scheduler again when it has work but nothing to run."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(
+    slots=True
+)  # not frozen: that costs more than all the rest of making one, and there is one a token
 class News:
     """What there is to tell of a request."""
 

@@ -1,6 +1,7 @@
 """The engine's tokens against full forward passes of the same model, in every company."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -230,6 +231,21 @@ def test_nothing_is_compiled_after_warm_up(device, compilations):
     )
     device.reset()
     assert len(compilations) == before
+
+
+def test_no_compiled_step_copies_a_pool_or_a_weight(device):
+    pools = {shape_of(leaf) for leaf in jax.tree.leaves(device._pools)}
+    weights = {shape_of(leaf) for leaf in device.weights if leaf.size >= 512}
+    keys = [key for key in device._programs if key[0] in ("decode", "chunk")]
+    assert len(keys) >= 4
+    for key in keys:
+        text = device._programs[key].as_text()
+        assert any(shape in text for shape in pools)
+        assert not (pools | weights) & set(re.findall(r"= (\w+\[[\d,]*\])\S* copy\(", text)), key
+
+
+def shape_of(leaf: jax.Array) -> str:
+    return f"f32[{','.join(map(str, leaf.shape))}]"
 
 
 FORMS = [(name, on) for name in ("window", "latent", "mixture", "clamped mixture") for on in ("cpu", "tpu")]
