@@ -27,12 +27,12 @@ class Histogram:
 
     __slots__ = ("bounds", "counts", "sum")
 
-    def __init__(self, bounds: tuple[float, ...]):
+    def __init__(self, bounds: tuple[int | float, ...]):
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def observe(self, value: float, times: int = 1) -> None:
+    def observe(self, value: int | float, times: int = 1) -> None:
         """Count a value, or several equal ones."""
         self.counts[bisect_left(self.bounds, value)] += times
         self.sum += value * times
@@ -43,7 +43,7 @@ class Histogram:
         return sum(self.counts)
 
 
-def _histogram(bounds: tuple[float, ...]):
+def _histogram(bounds: tuple[int | float, ...]):
     return field(default_factory=lambda: Histogram(bounds))
 
 

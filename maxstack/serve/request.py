@@ -27,8 +27,8 @@ class Request:
     prompt: tuple[int, ...]
     max_tokens: int
     """Tokens to generate at most. With 0 the prompt is only read, and the request ends with its last chunk."""
-    arrived: float
-    deadline: float | None = None
+    arrived: int | float
+    deadline: int | float | None = None
     """The request ends then, finished or not, with the reason "deadline"."""
     priority: int = 0
     """Higher first. One level is worth `Limits.level_s` seconds of waiting."""

@@ -82,7 +82,7 @@ class Scheduler:
         if request.deadline is not None:
             heappush(self._deadlines, (request.deadline, order, request.id))
 
-    def cancel(self, request_id: str, reason: str = "cancelled", now: float | None = None) -> bool:
+    def cancel(self, request_id: str, reason: str = "cancelled", now: int | float | None = None) -> bool:
         """End a request wherever it is; its pages are free at once, or when plans under way no longer touch them.
 
         False if there is no such request any more. A stop string found on the host is `cancel(id, "stop", now)`; its
@@ -137,7 +137,7 @@ class Scheduler:
             )
         return None
 
-    def _retry_after(self, now: float) -> float:
+    def _retry_after(self, now: int | float) -> float:
         """Seconds until half of the queue is gone at the pace of the last admissions, between 1 and 60."""
         if len(self._admissions) < 2:
             return 1.0
@@ -149,7 +149,7 @@ class Scheduler:
         numbers[label] = numbers.get(label, 0) + 1
 
     # ---------------------------------------------------------------------------------------------- making a plan
-    def plan(self, now: float) -> Plan | None:
+    def plan(self, now: int | float) -> Plan | None:
         """The next plan; None if there is nothing to run, or if `Limits.ahead` plans are under way."""
         while self._deadlines and self._deadlines[0][0] <= now:
             _, order, request_id = heappop(self._deadlines)
@@ -199,7 +199,7 @@ class Scheduler:
         batch.decodes = gains
         return count
 
-    def _admit(self, batch: Batch, now: float) -> None:
+    def _admit(self, batch: Batch, now: int | float) -> None:
         """Rows for those that wait, in order, as far as this plan can begin to read them.
 
         One that would read the same page as an earlier request is just reading is passed over: soon it may share it.
@@ -271,7 +271,7 @@ class Scheduler:
         soon = self._missing((other, other.target) for other in self._running if other.reading)
         return own + woken + soon + len(self._running) - self.pages.available
 
-    def _place(self, sequence: Sequence, found: list[Node], now: float) -> None:
+    def _place(self, sequence: Sequence, found: list[Node], now: int | float) -> None:
         """Give it a row, and the pages that were found."""
         sequence.row = heappop(self._free_rows)
         sequence.epoch += 1
@@ -445,7 +445,7 @@ class Scheduler:
         self._under_way.append((plan, entries))
         return plan
 
-    def done(self, plan: Plan, results: Mapping[int, Result], now: float) -> list[Event]:
+    def done(self, plan: Plan, results: Mapping[int, Result], now: int | float) -> list[Event]:
         """Take the results of the oldest plan under way, by row, and say what they mean for the requests.
 
         Results of requests that ended since the plan was made, or were preempted and started again, are dropped.
@@ -480,7 +480,7 @@ class Scheduler:
             )
         return result
 
-    def _take(self, sequence: Sequence, entry: Entry, result: Result, now: float) -> None:
+    def _take(self, sequence: Sequence, entry: Entry, result: Result, now: int | float) -> None:
         """New tokens of a live sequence. One that was preempted meanwhile keeps them: they were computed before."""
         request = sequence.request
         if result.error is not None:
@@ -505,7 +505,7 @@ class Scheduler:
         if result.tokens or finish is not None:
             self._tell(sequence, result.tokens, finish=finish)
 
-    def lost(self, now: float, error: str) -> list[Event]:
+    def lost(self, now: int | float, error: str) -> list[Event]:
         """A step failed, and with it went the cache that it was given: start again what was running.
 
         Plans under way are void, every page is free, the prefix cache is empty. Requests that run when this happens
@@ -528,7 +528,7 @@ class Scheduler:
                 self._tell(sequence, finish="error", error=error)
         return self.events()
 
-    def _finish(self, sequence: Sequence, reason: str, now: float | None = None) -> None:
+    def _finish(self, sequence: Sequence, reason: str, now: int | float | None = None) -> None:
         """Out of the books, with its pages and its row."""
         if sequence.row is None:
             del self._waiting[bisect_left(self._waiting, sequence.order, key=ORDER)]
@@ -540,7 +540,7 @@ class Scheduler:
             self._time_request(sequence, now)
 
     # -------------------------------------------------------------------------------------------------- counting
-    def _time_tokens(self, sequence: Sequence, count: int, now: float) -> None:
+    def _time_tokens(self, sequence: Sequence, count: int, now: int | float) -> None:
         counters, before = self._counters, sequence.last_token
         if before is None:
             sequence.first_token = now
@@ -550,7 +550,7 @@ class Scheduler:
         sequence.last_token = now
         counters.generation_tokens += count
 
-    def _time_request(self, sequence: Sequence, now: float) -> None:
+    def _time_request(self, sequence: Sequence, now: int | float) -> None:
         counters, request = self._counters, sequence.request
         counters.e2e_request_latency_seconds.observe(now - request.arrived)
         counters.request_prompt_tokens.observe(len(request.prompt))

@@ -80,6 +80,10 @@ class FakeDevice:
             result = self._read(chunk)
             if result is not None:
                 results[chunk.row] = result
+        for part in (*plan.decodes, *plan.chunks):
+            if part.row in results and part.request.id in self.failing:
+                self.failing.discard(part.request.id)
+                results[part.row] = Result(error="no finite logits")
         self.under_way.append(Launched(plan, self._writes, results))
 
     def finish(self) -> tuple[Plan, dict[int, Result]]:
@@ -110,9 +114,6 @@ class FakeDevice:
             self._write(chunk.row, chunk.start + i, token)
         if not chunk.last:
             return None
-        if chunk.request.id in self.failing:
-            self.failing.discard(chunk.request.id)
-            return Result(error="no finite logits")
         if not chunk.request.max_tokens:
             return Result()
         assert chunk.end == self.length[chunk.row]
@@ -127,9 +128,6 @@ class FakeDevice:
     def _decode(self, decode: Decode, steps: int) -> Result:
         row, request = decode.row, decode.request
         assert self.owner[row] is request
-        if request.id in self.failing:
-            self.failing.discard(request.id)
-            return Result(error="no finite logits")
         if not self.limits.drafts:
             assert self.length[row] == decode.length, "host and device disagree on a length"
         bound = decode.length + decode.count - 2  # the last position that may be written
