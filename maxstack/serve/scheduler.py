@@ -100,8 +100,15 @@ class Scheduler:
         events, self._events = self._events, []
         return events
 
-    def _tell(self, sequence: Sequence, tokens: tuple[int, ...] = (), **end: str | None) -> None:
-        self._events.append(Event(sequence.request.id, tokens, cached=max(sequence.cached, 0), **end))
+    def _tell(
+        self,
+        sequence: Sequence,
+        tokens: tuple[int, ...] = (),
+        finish: str | None = None,
+        error: str | None = None,
+    ) -> None:
+        cached = max(sequence.cached, 0)
+        self._events.append(Event(sequence.request.id, tokens, finish, error, cached))
 
     @property
     def idle(self) -> bool:
@@ -404,6 +411,8 @@ class Scheduler:
         entries, starts, tables, chunks, decodes = [], [], [], [], []
         for sequence in sorted((*batch.decodes, *batch.chunks), key=attrgetter("row")):
             row, request = sequence.row, sequence.request
+            if row is None:
+                raise RuntimeError(f"request {request.id} is in a plan without a row")
             if sequence.fresh:
                 generated = tuple(sequence.tokens[len(request.prompt) :])
                 starts.append(Start(row, request, generated, sequence.computed))

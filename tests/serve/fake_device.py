@@ -1,7 +1,8 @@
 """A device without arithmetic: a slot of a page holds a hash of its token, the next token is a hash of all slots.
 
 Whatever goes wrong with pages, tables, positions or order changes the tokens. Each plan's writes are done when it is
-launched and once more when it is done, for the device may still be writing at any time in between.
+launched and once more when it is done, for the device may still be writing at any time in between. Only what a later
+plan of the same request has written since stays as it is: a request's own plans run one after another.
 """
 
 import hashlib
@@ -45,7 +46,8 @@ class Launched:
     """A plan under way, with what it wrote and what it will answer."""
 
     plan: Plan
-    writes: list[tuple[int, int, int]]
+    writes: dict[tuple[int, int, str], int]
+    """By page, place in the page and request."""
     results: dict[int, Result]
 
 
@@ -60,13 +62,13 @@ class FakeDevice:
         self.last: dict[int, int] = {}
         self.length: dict[int, int] = {}
         self.under_way: deque[Launched] = deque()
-        self._writes: list[tuple[int, int, int]] = []
+        self._writes: dict[tuple[int, int, str], int] = {}
         self.failing: set[str] = set()
         """Ids of requests whose next result is an error."""
 
     def launch(self, plan: Plan) -> None:
         """Run a plan. Its results are there, but are to be asked for with `finish`."""
-        self._writes = []
+        self._writes = {}
         results: dict[int, Result] = {}
         for start in plan.starts:
             self.owner[start.row] = start.request
@@ -89,8 +91,10 @@ class FakeDevice:
     def finish(self) -> tuple[Plan, dict[int, Result]]:
         """The oldest plan and its results."""
         launched = self.under_way.popleft()
-        for page, offset, value in launched.writes:
-            self.slots[page][offset] = value
+        for where, value in launched.writes.items():
+            if not any(where in later.writes for later in self.under_way):
+                page, offset, _ = where
+                self.slots[page][offset] = value
         return launched.plan, launched.results
 
     def lose(self) -> None:
@@ -102,7 +106,7 @@ class FakeDevice:
         page, offset = self.tables[row][position // self.limits.page], position % self.limits.page
         value = slot(self.owner[row], position, token)
         self.slots[page][offset] = value
-        self._writes.append((page, offset, value))
+        self._writes[page, offset, self.owner[row].id] = value
 
     def _slots(self, row: int, count: int) -> list[int]:
         table, page = self.tables[row], self.limits.page

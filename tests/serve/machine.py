@@ -79,11 +79,12 @@ class Serving(RuleBasedStateMachine):
     def make_a_plan(self):
         before = self.scheduler.prefix.named()
         first = self._first_running()
+        running = {sequence.request.id for sequence in self.scheduler._running}
         plan = self.scheduler.plan(self.now)
         if plan is None:
             return
         assert len(self.device.under_way) < self.limits.ahead
-        self._check_plan(plan)
+        self._check_plan(plan, running)
         self._check_progress(plan, first)
         self.device.launch(plan)
         self._check_writes(plan, before)
@@ -175,7 +176,7 @@ class Serving(RuleBasedStateMachine):
         awaits = not first.reading and (first.remaining < 1 or (first.request.stepwise and first.pending))
         assert awaits or self.scheduler.pages.lent(), "the first in order was passed over"
 
-    def _check_plan(self, plan: Plan):
+    def _check_plan(self, plan: Plan, running_before: set[str]):
         limits = self.limits
         rows = [part.row for part in (*plan.chunks, *plan.decodes)]
         assert len(set(rows)) == len(rows)
@@ -200,6 +201,8 @@ class Serving(RuleBasedStateMachine):
         for part in (*plan.chunks, *plan.decodes):
             assert owners[part.row].request is part.request
         for start in starts.values():
+            if start.request.id in running_before:
+                continue  # it had its row, but no chunk in the plan before
             waiting = [s for s in self.scheduler._waiting if s.order < owners[start.row].order]
             assert all(s.waits_for is not None for s in waiting), "somebody was overtaken"
 
@@ -209,7 +212,9 @@ class Serving(RuleBasedStateMachine):
         tables = self.device.tables
         mine = [(part.request, tables[part.row]) for part in (*plan.chunks, *plan.decodes)]
         written = {page for page, _, _ in launched.writes}
-        assert not written & set(named_before), "a page was written that others may share"
+        named = self.scheduler.prefix.named()
+        kept = {page for page, node in named_before.items() if named.get(page) is node}
+        assert not written & kept, "a page was written that others may share"
         for page in written:
             users = {id(request) for request, pages in mine if page in pages}
             users |= {
