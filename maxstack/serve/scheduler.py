@@ -175,13 +175,15 @@ class Scheduler:
 
     def _decode(self, batch: Batch) -> None:
         """One step for every row that can decode, each with a page for it, the first in order first."""
+        size = self.limits.page
         for sequence in tuple(self._running):
-            if sequence.row is None or sequence.reading or sequence.remaining < 1:
-                continue  # an earlier one took its pages; or it reads; or all it may have is under way
-            if sequence.request.stepwise and sequence.pending:
-                continue
+            if sequence.row is None or sequence.reading or (sequence.request.stepwise and sequence.pending):
+                continue  # an earlier one took its pages; or it reads; or the host must see its last token first
             gain = self._gain(sequence, 1)
-            if self._grow(sequence, sequence.length + gain - 1, batch):
+            if gain < 1:
+                continue  # all it may have is under way
+            positions = sequence.length + gain - 1
+            if positions <= len(sequence.pages) * size or self._grow(sequence, positions, batch):
                 batch.decodes[sequence] = gain
 
     def _gain(self, sequence: Sequence, steps: int) -> int:
@@ -192,6 +194,8 @@ class Scheduler:
     def _stretch(self, batch: Batch) -> int:
         """More decode steps, if pages for all of them are there for the taking."""
         steps = self.limits.steps
+        if len(steps) == 1:
+            return 1
         longest = max(
             -(-self._gain(sequence, steps[-1]) // (1 + self.limits.drafts)) for sequence in batch.decodes
         )
@@ -502,7 +506,7 @@ class Scheduler:
         sequence.tokens += result.tokens
         if result.tokens:
             self._time_tokens(sequence, len(result.tokens), now)
-        if sequence.row is not None:
+        if sequence.row is not None and len(sequence.tokens) > (sequence.named + 1) * self.limits.page:
             self._name_pages(sequence)
         finish = None
         if result.ended:

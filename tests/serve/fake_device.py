@@ -7,6 +7,7 @@ plan of the same request has written since stays as it is: a request's own plans
 
 import hashlib
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maxstack.serve.plan import Chunk, Decode, Limits, Plan
@@ -26,7 +27,7 @@ def slot(request: Request, position: int, token: int) -> int:
     return number("slot", request.adapter, position, token)
 
 
-def sampled(request: Request, slots: list[int]) -> int:
+def sampled(request: Request, slots: Sequence[int | None]) -> int:
     """The token at position len(slots), from everything before it and the request's seed."""
     return number("next", request.params, slots) % VOCABULARY
 
@@ -108,7 +109,7 @@ class FakeDevice:
         self.slots[page][offset] = value
         self._writes[page, offset, self.owner[row].id] = value
 
-    def _slots(self, row: int, count: int) -> list[int]:
+    def _slots(self, row: int, count: int) -> list[int | None]:
         table, page = self.tables[row], self.limits.page
         return [self.slots[table[i // page]][i % page] for i in range(count)]
 

@@ -23,6 +23,7 @@ LIMITS = [
     replace(TIGHT, rows=4, page=2, pages=18, drafts=2, tokens_a_step=16, chunks=((1, 3), (2, 4))),
     replace(TIGHT, rows=2, pages=8, ahead=1, steps=(1,), prefix_cache=False),
     replace(TIGHT, rows=6, pages=60, ahead=3, steps=(1, 2, 5), tokens_a_step=40, waiting=20),
+    replace(TIGHT, pages=14, ahead=4),
 ]
 BEGINNINGS = [(1, 2, 3, 4) * 5, (1, 2, 3, 4, 5, 6, 7, 8, 9, 0) * 2, (7,) * 20]
 DONE = {"stop", "length"}
@@ -244,7 +245,7 @@ class Serving(RuleBasedStateMachine):
         assert {page: refs for page, refs in enumerate(pages.refs) if refs} == dict(holders)
         assert all(len(set(table)) == len(table) for table in tables)
         assert all(not s.pages and s.row is None for s in scheduler._waiting)
-        rows = [s.row for s in scheduler._running]
+        rows = [s.row for s in scheduler._running if s.row is not None]
         assert sorted(rows + scheduler._free_rows) == list(range(self.limits.rows))
         named = scheduler.prefix.named()
         assert set(census["kept"]) <= set(named)
