@@ -2,9 +2,9 @@
 
     python benchmarks/serve_host.py [--rows 32 256] [--steps 200]
 
-Processor time of the thread, so that a busy machine does not count. The null device takes plans and gives tokens at once, as numpy, so what is timed is Python alone: the plan, the arrays
-of the launch, the results, the scheduler's bookkeeping, and apart from those the answers (tokens to text), which run
-in the callers' thread while the device works. A dispatch of a compiled program costs what `dispatch` says besides.
+Processor time of the thread, so that a busy machine does not count. The null device takes plans and gives tokens at
+once, as numpy, so what is timed is Python alone: the plan, the arrays of the launch, the results, the scheduler's
+bookkeeping; and apart from those the answers (tokens to text), which run in the callers' thread while the device works.
 """
 
 import argparse

@@ -183,7 +183,7 @@ class Loop:
         return []
 
     def _cancel(self, request_id: str, reason: str) -> list[News]:
-        self.scheduler.cancel(request_id, reason)
+        self.scheduler.cancel(request_id, reason, self._clock())
         return self._news(self.scheduler.events(), Found())
 
     def _tell(self, news: list[News]) -> None:
