@@ -10,6 +10,7 @@ import pytest
 
 from maxstack.models import BlockConfig, RopeConfig
 from maxstack.models.generation import SamplingParams
+from maxstack.models.packing import packed
 from maxstack.serve.errors import NotFinite, StepFailed
 from maxstack.serve.forms import form_for
 from tests.models.tiny import CONFIGS, GATED, GROUPED, build, model_config
@@ -259,6 +260,17 @@ def test_every_kind_of_layer_on_every_form(name, on):
     for answer in run.together(prompts(1, 20, 9, 5, 14, 26, seed=9)):
         check_greedy(model, answer)
     assert run.scheduler.counters.num_preemptions > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on", ["cpu", "tpu"])
+def test_packed_weights_are_served(on):
+    few = packed(build(CONFIG), "int8")
+    run = Driven(device_of(few, on=on, buckets=(4,)), pages=12)
+    for answer in run.together(prompts(1, 20, 9, 5, 14, 22, seed=12)):
+        check_greedy(
+            few, answer, 2e-3
+        )  # products of few rows in C++ sum in another order than those of many in XLA
 
 
 @pytest.mark.slow
