@@ -18,7 +18,7 @@ class Compiled:
 
     def __init__(self):
         self._wanted: dict[Any, tuple[Any, tuple]] = {}
-        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._compiled: dict[Any, Any] = {}
 
     def add(
         self, key: Any, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
@@ -39,8 +39,11 @@ class Compiled:
             self._compiled |= dict(pool.map(one, self._wanted.items()))
         self._wanted.clear()
 
-    def __getitem__(self, key: Any) -> Callable[..., Any]:
+    def __getitem__(self, key: Any) -> Any:
         return self._compiled[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._compiled)
 
     def __len__(self) -> int:
         return len(self._compiled)

@@ -188,11 +188,16 @@ class Device:
 
     def _take(self, found: Found, said: list[Told], parts: Sequence[Any]) -> None:
         """Add what rows did in some steps, one after another."""
-        tokens = np.stack([np.asarray(step.tokens_b) for step in said], axis=1).tolist()
-        status = np.stack([np.asarray(step.status_b) for step in said], axis=1).tolist()
+        count = len(parts)
+        tokens = np.stack([np.asarray(step.tokens_b)[:count] for step in said], axis=1)
+        status = np.stack([np.asarray(step.status_b)[:count] for step in said], axis=1)
         wanted = [i for i, part in enumerate(parts) if part.request.params.sampling.logprobs is not None]
-        for part, own, did in zip(parts, tokens, status, strict=False):
-            found.results[part.row] = result_of(own, did)
+        if (status == TOKEN).all():  # as in most steps
+            for part, own in zip(parts, tokens.tolist(), strict=True):
+                found.results[part.row] = Result(tuple(own))
+        else:
+            for part, own, did in zip(parts, tokens.tolist(), status.tolist(), strict=True):
+                found.results[part.row] = result_of(own, did)
         if not wanted:
             return
         values = [jax.tree.map(np.asarray, step) for step in said]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from random import Random
 
 
@@ -9,8 +10,8 @@ from random import Random
 class Lengths:
     """Token counts, log-normal and cut off on both sides, with the stated mean after the cut."""
 
-    mean: float
-    sigma: float
+    mean: int | float
+    sigma: int | float
     """Standard deviation of the logarithm; 0 makes all of them equal to the mean."""
     least: int = 1
     most: int = 1 << 30
@@ -23,28 +24,30 @@ class Lengths:
         """One length."""
         if not self.sigma:
             return round(self.mean)
-        mu = self._mu()
+        mu = _mu(self)
         while True:
             value = round(random.lognormvariate(mu, self.sigma))
             if self.least <= value <= self.most:
                 return value
 
-    def _mu(self) -> float:
-        """Mean of the logarithm before the cut, by bisection: the mean after the cut rises with it."""
-        low, high = math.log(self.least) - 10, math.log(self.most) + 10
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._mean(middle) < self.mean else (low, middle)
-        return low
-
-    def _mean(self, mu: float) -> float:
-        """Of a log-normal distribution within the limits."""
+    def mean_at(self, mu: float) -> float:
+        """Mean after the cut, of a log-normal distribution whose logarithm has the mean `mu`."""
         a, b = ((math.log(limit) - mu) / self.sigma for limit in (self.least, self.most))
         weight = _normal(b) - _normal(a)
         if weight < 1e-12:  # all of it is on one side
             return self.least if a > 0 else self.most
         shifted = _normal(b - self.sigma) - _normal(a - self.sigma)
         return math.exp(mu + self.sigma**2 / 2) * shifted / weight
+
+
+@cache
+def _mu(lengths: Lengths) -> float:
+    """Mean of the logarithm before the cut, by bisection: the mean after the cut rises with it."""
+    low, high = math.log(lengths.least) - 10, math.log(lengths.most) + 10
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if lengths.mean_at(middle) < lengths.mean else (low, middle)
+    return low
 
 
 def _normal(x: float) -> float:
@@ -64,7 +67,7 @@ class Load:
     """Requests that arrive at random at a mean `rate`, or from `clients` that ask again when answered."""
 
     requests: int
-    rate: float | None = None
+    rate: int | float | None = None
     """Requests a second: a Poisson process."""
     clients: int | None = None
     prompt: Lengths = SHAREGPT_PROMPT

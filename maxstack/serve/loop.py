@@ -22,7 +22,9 @@ NAP_S = 0.01
 """Wait before asking the scheduler again when it has work but nothing to run."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(
+    slots=True
+)  # not frozen: that costs more than all the rest of making one, and there is one a token
 class News:
     """What there is to tell of a request."""
 
@@ -181,7 +183,7 @@ class Loop:
         return []
 
     def _cancel(self, request_id: str, reason: str) -> list[News]:
-        self.scheduler.cancel(request_id, reason)
+        self.scheduler.cancel(request_id, reason, self._clock())
         return self._news(self.scheduler.events(), Found())
 
     def _tell(self, news: list[News]) -> None:

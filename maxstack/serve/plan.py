@@ -1,6 +1,7 @@
 """The limits of a server, and a plan: one launch of the device, made on the host, of shapes from closed tables."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from maxstack.serve.request import Request
 
@@ -59,8 +60,7 @@ class Limits:
         return -(-self.max_length // self.page)
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(NamedTuple):
     """A row gets a sequence, new or returning: what the device keeps for the row begins afresh."""
 
     row: int
@@ -71,16 +71,14 @@ class Start:
     """Positions that the pages hold already, a multiple of the page."""
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(NamedTuple):
     """The pages of a row, all of them, because they changed: positions i·page … are in `pages[i]`."""
 
     row: int
     pages: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Known tokens to be read into positions start … end - 1."""
 
     row: int
@@ -101,8 +99,7 @@ class Chunk:
         return self.start + len(self.tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Decode:
+class Decode(NamedTuple):
     """A row whose last token is still to be fed: it lies on the device, and the host may not have seen it yet."""
 
     row: int

@@ -1,7 +1,7 @@
 """What is asked, what the device answers, what the caller hears."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 PRIORITIES = 100
 """Priorities are from -100 to 100: with no bound, one client could put everybody else off for ever."""
@@ -27,8 +27,8 @@ class Request:
     prompt: tuple[int, ...]
     max_tokens: int
     """Tokens to generate at most. With 0 the prompt is only read, and the request ends with its last chunk."""
-    arrived: float
-    deadline: float | None = None
+    arrived: int | float
+    deadline: int | float | None = None
     """The request ends then, finished or not, with the reason "deadline"."""
     priority: int = 0
     """Higher first. One level is worth `Limits.level_s` seconds of waiting."""
@@ -53,8 +53,7 @@ class Request:
             )
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What a row brought in a plan: the tokens sampled, in order, none after the one that ended it."""
 
     tokens: tuple[int, ...] = ()
@@ -64,8 +63,7 @@ class Result:
     """What went wrong in this row alone (no finite logits, say). The request ends, and its pages are forgotten."""
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """New tokens of a request, or its end, or both."""
 
     id: str

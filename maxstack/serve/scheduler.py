@@ -82,7 +82,7 @@ class Scheduler:
         if request.deadline is not None:
             heappush(self._deadlines, (request.deadline, order, request.id))
 
-    def cancel(self, request_id: str, reason: str = "cancelled", now: float | None = None) -> bool:
+    def cancel(self, request_id: str, reason: str = "cancelled", now: int | float | None = None) -> bool:
         """End a request wherever it is; its pages are free at once, or when plans under way no longer touch them.
 
         False if there is no such request any more. A stop string found on the host is `cancel(id, "stop", now)`; its
@@ -100,8 +100,15 @@ class Scheduler:
         events, self._events = self._events, []
         return events
 
-    def _tell(self, sequence: Sequence, tokens: tuple[int, ...] = (), **end: str | None) -> None:
-        self._events.append(Event(sequence.request.id, tokens, cached=max(sequence.cached, 0), **end))
+    def _tell(
+        self,
+        sequence: Sequence,
+        tokens: tuple[int, ...] = (),
+        finish: str | None = None,
+        error: str | None = None,
+    ) -> None:
+        cached = max(sequence.cached, 0)
+        self._events.append(Event(sequence.request.id, tokens, finish, error, cached))
 
     @property
     def idle(self) -> bool:
@@ -137,7 +144,7 @@ class Scheduler:
             )
         return None
 
-    def _retry_after(self, now: float) -> float:
+    def _retry_after(self, now: int | float) -> float:
         """Seconds until half of the queue is gone at the pace of the last admissions, between 1 and 60."""
         if len(self._admissions) < 2:
             return 1.0
@@ -149,7 +156,7 @@ class Scheduler:
         numbers[label] = numbers.get(label, 0) + 1
 
     # ---------------------------------------------------------------------------------------------- making a plan
-    def plan(self, now: float) -> Plan | None:
+    def plan(self, now: int | float) -> Plan | None:
         """The next plan; None if there is nothing to run, or if `Limits.ahead` plans are under way."""
         while self._deadlines and self._deadlines[0][0] <= now:
             _, order, request_id = heappop(self._deadlines)
@@ -168,13 +175,15 @@ class Scheduler:
 
     def _decode(self, batch: Batch) -> None:
         """One step for every row that can decode, each with a page for it, the first in order first."""
+        size = self.limits.page
         for sequence in tuple(self._running):
-            if sequence.row is None or sequence.reading or sequence.remaining < 1:
-                continue  # an earlier one took its pages; or it reads; or all it may have is under way
-            if sequence.request.stepwise and sequence.pending:
-                continue
+            if sequence.row is None or sequence.reading or (sequence.request.stepwise and sequence.pending):
+                continue  # an earlier one took its pages; or it reads; or the host must see its last token first
             gain = self._gain(sequence, 1)
-            if self._grow(sequence, sequence.length + gain - 1, batch):
+            if gain < 1:
+                continue  # all it may have is under way
+            positions = sequence.length + gain - 1
+            if positions <= len(sequence.pages) * size or self._grow(sequence, positions, batch):
                 batch.decodes[sequence] = gain
 
     def _gain(self, sequence: Sequence, steps: int) -> int:
@@ -185,6 +194,8 @@ class Scheduler:
     def _stretch(self, batch: Batch) -> int:
         """More decode steps, if pages for all of them are there for the taking."""
         steps = self.limits.steps
+        if len(steps) == 1:
+            return 1
         longest = max(
             -(-self._gain(sequence, steps[-1]) // (1 + self.limits.drafts)) for sequence in batch.decodes
         )
@@ -199,7 +210,7 @@ class Scheduler:
         batch.decodes = gains
         return count
 
-    def _admit(self, batch: Batch, now: float) -> None:
+    def _admit(self, batch: Batch, now: int | float) -> None:
         """Rows for those that wait, in order, as far as this plan can begin to read them.
 
         One that would read the same page as an earlier request is just reading is passed over: soon it may share it.
@@ -271,7 +282,7 @@ class Scheduler:
         soon = self._missing((other, other.target) for other in self._running if other.reading)
         return own + woken + soon + len(self._running) - self.pages.available
 
-    def _place(self, sequence: Sequence, found: list[Node], now: float) -> None:
+    def _place(self, sequence: Sequence, found: list[Node], now: int | float) -> None:
         """Give it a row, and the pages that were found."""
         sequence.row = heappop(self._free_rows)
         sequence.epoch += 1
@@ -404,6 +415,8 @@ class Scheduler:
         entries, starts, tables, chunks, decodes = [], [], [], [], []
         for sequence in sorted((*batch.decodes, *batch.chunks), key=attrgetter("row")):
             row, request = sequence.row, sequence.request
+            if row is None:
+                raise RuntimeError(f"request {request.id} is in a plan without a row")
             if sequence.fresh:
                 generated = tuple(sequence.tokens[len(request.prompt) :])
                 starts.append(Start(row, request, generated, sequence.computed))
@@ -445,7 +458,7 @@ class Scheduler:
         self._under_way.append((plan, entries))
         return plan
 
-    def done(self, plan: Plan, results: Mapping[int, Result], now: float) -> list[Event]:
+    def done(self, plan: Plan, results: Mapping[int, Result], now: int | float) -> list[Event]:
         """Take the results of the oldest plan under way, by row, and say what they mean for the requests.
 
         Results of requests that ended since the plan was made, or were preempted and started again, are dropped.
@@ -480,7 +493,7 @@ class Scheduler:
             )
         return result
 
-    def _take(self, sequence: Sequence, entry: Entry, result: Result, now: float) -> None:
+    def _take(self, sequence: Sequence, entry: Entry, result: Result, now: int | float) -> None:
         """New tokens of a live sequence. One that was preempted meanwhile keeps them: they were computed before."""
         request = sequence.request
         if result.error is not None:
@@ -493,7 +506,7 @@ class Scheduler:
         sequence.tokens += result.tokens
         if result.tokens:
             self._time_tokens(sequence, len(result.tokens), now)
-        if sequence.row is not None:
+        if sequence.row is not None and len(sequence.tokens) > (sequence.named + 1) * self.limits.page:
             self._name_pages(sequence)
         finish = None
         if result.ended:
@@ -505,7 +518,7 @@ class Scheduler:
         if result.tokens or finish is not None:
             self._tell(sequence, result.tokens, finish=finish)
 
-    def lost(self, now: float, error: str) -> list[Event]:
+    def lost(self, now: int | float, error: str) -> list[Event]:
         """A step failed, and with it went the cache that it was given: start again what was running.
 
         Plans under way are void, every page is free, the prefix cache is empty. Requests that run when this happens
@@ -528,7 +541,7 @@ class Scheduler:
                 self._tell(sequence, finish="error", error=error)
         return self.events()
 
-    def _finish(self, sequence: Sequence, reason: str, now: float | None = None) -> None:
+    def _finish(self, sequence: Sequence, reason: str, now: int | float | None = None) -> None:
         """Out of the books, with its pages and its row."""
         if sequence.row is None:
             del self._waiting[bisect_left(self._waiting, sequence.order, key=ORDER)]
@@ -540,7 +553,7 @@ class Scheduler:
             self._time_request(sequence, now)
 
     # -------------------------------------------------------------------------------------------------- counting
-    def _time_tokens(self, sequence: Sequence, count: int, now: float) -> None:
+    def _time_tokens(self, sequence: Sequence, count: int, now: int | float) -> None:
         counters, before = self._counters, sequence.last_token
         if before is None:
             sequence.first_token = now
@@ -550,7 +563,7 @@ class Scheduler:
         sequence.last_token = now
         counters.generation_tokens += count
 
-    def _time_request(self, sequence: Sequence, now: float) -> None:
+    def _time_request(self, sequence: Sequence, now: int | float) -> None:
         counters, request = self._counters, sequence.request
         counters.e2e_request_latency_seconds.observe(now - request.arrived)
         counters.request_prompt_tokens.observe(len(request.prompt))

@@ -26,9 +26,9 @@ PERCENTILES = (50, 90, 99)
 class Target:
     """What a request must get to count for the goodput."""
 
-    ttft_s: float
+    ttft_s: int | float
     """Time to the first token at most."""
-    tpot_s: float
+    tpot_s: int | float
     """Mean time of each further token at most."""
 
 
@@ -58,7 +58,7 @@ class Times:
         return (self.last - (self.first or 0.0)) / max(self.tokens - 1, 1)
 
 
-def percentile(values: list[float], percent: float) -> float:
+def percentile(values: list[float], percent: int | float) -> float:
     """By linear interpolation between the two nearest; 0 of nothing."""
     if not values:
         return 0.0

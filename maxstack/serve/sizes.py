@@ -18,11 +18,11 @@ PAGE = {"cpu": 64}
 KERNEL_PAGE = 128
 ROWS = {"cpu": 32}
 ACCELERATOR_ROWS = 256
-CHUNKS = {"cpu": ((1, 32), (1, 256))}
+CHUNKS = {"cpu": ((1, 32), (8, 32), (1, 256))}
 ACCELERATOR_CHUNKS = ((1, 128), (1, 512), (4, 512), (8, 128))
 MOST_LENGTH = 8192
 """Tokens of a sequence, where the model allows more and nobody asks for them."""
-SHARE = {"cpu": 0.25}
+SHARE = {"cpu": 0.1}
 """Of the memory that is free, for the cache."""
 ACCELERATOR_SHARE = 0.85
 

@@ -1,11 +1,13 @@
 """A device without arithmetic: a slot of a page holds a hash of its token, the next token is a hash of all slots.
 
 Whatever goes wrong with pages, tables, positions or order changes the tokens. Each plan's writes are done when it is
-launched and once more when it is done, for the device may still be writing at any time in between.
+launched and once more when it is done, for the device may still be writing at any time in between. Only what a later
+plan of the same request has written since stays as it is: a request's own plans run one after another.
 """
 
 import hashlib
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maxstack.serve.plan import Chunk, Decode, Limits, Plan
@@ -25,7 +27,7 @@ def slot(request: Request, position: int, token: int) -> int:
     return number("slot", request.adapter, position, token)
 
 
-def sampled(request: Request, slots: list[int]) -> int:
+def sampled(request: Request, slots: Sequence[int | None]) -> int:
     """The token at position len(slots), from everything before it and the request's seed."""
     return number("next", request.params, slots) % VOCABULARY
 
@@ -45,7 +47,8 @@ class Launched:
     """A plan under way, with what it wrote and what it will answer."""
 
     plan: Plan
-    writes: list[tuple[int, int, int]]
+    writes: dict[tuple[int, int, str], int]
+    """By page, place in the page and request."""
     results: dict[int, Result]
 
 
@@ -60,13 +63,13 @@ class FakeDevice:
         self.last: dict[int, int] = {}
         self.length: dict[int, int] = {}
         self.under_way: deque[Launched] = deque()
-        self._writes: list[tuple[int, int, int]] = []
+        self._writes: dict[tuple[int, int, str], int] = {}
         self.failing: set[str] = set()
         """Ids of requests whose next result is an error."""
 
     def launch(self, plan: Plan) -> None:
         """Run a plan. Its results are there, but are to be asked for with `finish`."""
-        self._writes = []
+        self._writes = {}
         results: dict[int, Result] = {}
         for start in plan.starts:
             self.owner[start.row] = start.request
@@ -80,13 +83,19 @@ class FakeDevice:
             result = self._read(chunk)
             if result is not None:
                 results[chunk.row] = result
+        for part in (*plan.decodes, *plan.chunks):
+            if part.row in results and part.request.id in self.failing:
+                self.failing.discard(part.request.id)
+                results[part.row] = Result(error="no finite logits")
         self.under_way.append(Launched(plan, self._writes, results))
 
     def finish(self) -> tuple[Plan, dict[int, Result]]:
         """The oldest plan and its results."""
         launched = self.under_way.popleft()
-        for page, offset, value in launched.writes:
-            self.slots[page][offset] = value
+        for where, value in launched.writes.items():
+            if not any(where in later.writes for later in self.under_way):
+                page, offset, _ = where
+                self.slots[page][offset] = value
         return launched.plan, launched.results
 
     def lose(self) -> None:
@@ -98,9 +107,9 @@ class FakeDevice:
         page, offset = self.tables[row][position // self.limits.page], position % self.limits.page
         value = slot(self.owner[row], position, token)
         self.slots[page][offset] = value
-        self._writes.append((page, offset, value))
+        self._writes[page, offset, self.owner[row].id] = value
 
-    def _slots(self, row: int, count: int) -> list[int]:
+    def _slots(self, row: int, count: int) -> list[int | None]:
         table, page = self.tables[row], self.limits.page
         return [self.slots[table[i // page]][i % page] for i in range(count)]
 
@@ -110,9 +119,6 @@ class FakeDevice:
             self._write(chunk.row, chunk.start + i, token)
         if not chunk.last:
             return None
-        if chunk.request.id in self.failing:
-            self.failing.discard(chunk.request.id)
-            return Result(error="no finite logits")
         if not chunk.request.max_tokens:
             return Result()
         assert chunk.end == self.length[chunk.row]
@@ -127,9 +133,6 @@ class FakeDevice:
     def _decode(self, decode: Decode, steps: int) -> Result:
         row, request = decode.row, decode.request
         assert self.owner[row] is request
-        if request.id in self.failing:
-            self.failing.discard(request.id)
-            return Result(error="no finite logits")
         if not self.limits.drafts:
             assert self.length[row] == decode.length, "host and device disagree on a length"
         bound = decode.length + decode.count - 2  # the last position that may be written

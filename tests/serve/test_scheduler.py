@@ -16,13 +16,20 @@ from tests.serve.fake_device import FakeDevice, alone
 
 LIMITS = Limits(
     rows=4, page=4, pages=64, max_length=64, tokens_a_step=40, chunks=((1, 4), (1, 16), (1, 32), (4, 8)),
-    steps=(1, 4), waiting=8, step_tokens=4,
+    steps=(1, 4), waiting=8, step_tokens=100,
 )  # fmt: skip
 HOST = "request plan pages prefix sequence batch scheduler counters cost load simulate".split()
 
 
 def asked(name: str, prompt=(1, 2, 3, 4, 5), max_tokens: int = 3, arrived: float = 0.0, **more) -> Request:
-    return Request(id=name, prompt=tuple(prompt), max_tokens=max_tokens, arrived=arrived, **more)
+    """A request whose answer has all of its tokens: the seed is chosen so that no stop token comes."""
+    for seed in range(10_000):
+        request = Request(
+            id=name, prompt=tuple(prompt), max_tokens=max_tokens, arrived=arrived, **{"params": seed, **more}
+        )
+        if "params" in more or alone(request)[1] == "length":
+            return request
+    raise AssertionError("every seed gives a stop token")
 
 
 class Server:
@@ -151,8 +158,8 @@ def test_pages_of_a_cancelled_request_are_its_own_until_the_plan_is_done():
 def test_the_latest_of_the_lowest_priority_gives_way_and_says_the_same_afterwards():
     server = Server(pages=10, max_length=40, prefix_cache=False, steps=(1,))
     requests = [
-        asked("a", prompt=range(12), max_tokens=16, arrived=0.0, params=5),
-        asked("b", prompt=range(12), max_tokens=16, arrived=1.0, params=3),
+        asked("a", prompt=range(12), max_tokens=16, arrived=0.0),
+        asked("b", prompt=range(12), max_tokens=16, arrived=1.0),
     ]
     server.add(*requests)
     server.run()
@@ -246,17 +253,15 @@ def test_a_deadline_ends_a_request_wherever_it_is():
 
 def test_a_bounded_queue_says_when_to_come_back():
     server = Server(rows=1, waiting=2)
-    server.add(asked("a"), asked("b", arrived=1.0))
+    server.add(asked("a", max_tokens=1), asked("b", arrived=1.0, max_tokens=1))
     with pytest.raises(Full, match="2 requests are waiting") as full:
         server.add(asked("c", arrived=2.0))
     assert full.value.retry_after == 1.0  # nothing is known yet
-    for i in range(6):  # one is admitted every 8 seconds
-        server.scheduler.plan(8.0 * i)
-        server.scheduler.cancel("ab"[i] if i < 2 else f"d{i}")
-        server.add(asked(f"d{i + 2}", arrived=8.0 * i))
-        while server.scheduler._under_way:
-            plan, _ = server.scheduler._under_way[0]
-            server.scheduler.done(plan, {row: Result((1,)) for row in range(1)}, 8.0 * i)
+    server.step(0.0)
+    for i in range(1, 7):  # one is admitted every 8 seconds
+        server.add(asked(f"d{i}", arrived=8.0 * i, max_tokens=1))
+        server.step(8.0 * i)
+    server.add(asked("d7", arrived=48.0))
     with pytest.raises(Full) as full:
         server.add(asked("e", arrived=48.0))
     assert 4.0 <= full.value.retry_after <= 10.0
@@ -369,7 +374,7 @@ def test_the_same_calls_give_the_same_plans():
 
 def test_times_are_counted_under_the_names_of_vllm():
     server = Server(steps=(1,))
-    server.add(asked("a", max_tokens=3, params=1))
+    server.add(asked("a", max_tokens=3))
     for now in (1.0, 2.0, 4.0):
         server.step(now)
     counters = server.scheduler.counters

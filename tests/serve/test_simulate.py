@@ -44,7 +44,7 @@ def test_lengths_have_their_mean_after_the_cut():
 
 
 def test_a_shared_beginning_saves_its_reading():
-    load = Load(requests=100, clients=16, prompt=fixed(30), answer=fixed(20), shared=1024)
+    load = Load(requests=100, clients=16, prompt=fixed(30), answer=fixed(8), shared=1024)
     limits = replace(LIMITS, max_length=4096)
     slow = replace(PLAIN, flops_a_second=1e10)
     with_cache = simulate(limits, slow, load)
