@@ -71,7 +71,7 @@ def by_loop(x_tk: Array, w: QuantizedWeight) -> Float[Array, "t n"]:
     """On a CPU: outputs tile after tile in a loop, whose weights are made float32 in a cache and multiplied there.
 
     An axis of groups is kept while weights are scaled: with a scale for each weight, or tiles one after the other in
-    place of the loop, XLA:CPU takes six to twenty times as long.
+    place of the loop, XLA:CPU takes 3 to 20 times as long.
     """
     row_bytes = 4 * w.scale.shape[0] * w.group
     rows = min(w.outputs, max(8, LOOP_BYTES // row_bytes // 8 * 8))
