@@ -261,8 +261,9 @@ def test_tpu_programs_of_packed_weights_hold_no_whole_weight():
     assert compiled.memory_analysis().temp_size_in_bytes < 128 * 2048 * 768 // 2
 
 
+@pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v5e", pytest.param("v5p", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("chip", ["v5e", "v5p"])
 def test_a_whole_training_step_of_a_mixture_on_four_chips_has_the_kernels_inside(chip):
     from maxstack import sharding
     from maxstack.models import AttentionConfig, BlockConfig, MoEConfig, StackConfig, TransformerConfig
