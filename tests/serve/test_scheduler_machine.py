@@ -34,7 +34,7 @@ class ServingWithCollisions(Serving):
 
 
 def test_any_order_of_events_keeps_the_pages_and_the_answers():
-    run_state_machine_as_test(Serving, settings=settings(max_examples=6, stateful_step_count=30, **COMMON))
+    run_state_machine_as_test(Serving, settings=settings(max_examples=12, stateful_step_count=30, **COMMON))
 
 
 def test_colliding_hashes_share_nothing_that_differs():
