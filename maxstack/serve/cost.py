@@ -9,9 +9,9 @@ from maxstack.serve.plan import Plan
 class Chip(NamedTuple):
     """Published peaks of one chip."""
 
-    flops_a_second: float
+    flops_a_second: int | float
     """Of bfloat16 products, dense."""
-    bytes_a_second: float
+    bytes_a_second: int | float
 
 
 # cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x} and NVIDIA's datasheets.
@@ -30,17 +30,17 @@ CHIPS = {
 class Cost:
     """Seconds of a step. Over several chips: their rates together, and what they exchange in `step_s`."""
 
-    weight_bytes: float
+    weight_bytes: int | float
     """Read once a step."""
-    kv_bytes_a_token: float
-    flops_a_token: float
+    kv_bytes_a_token: int | float
+    flops_a_token: int | float
     """2 × the parameters that a token meets."""
-    attention_flops_a_pair: float
+    attention_flops_a_pair: int | float
     """Of one query and one key, in all layers and heads: 4 × layers × heads × head size."""
-    bytes_a_second: float
-    flops_a_second: float
+    bytes_a_second: int | float
+    flops_a_second: int | float
     """Rates that are reached, not the peaks."""
-    step_s: float = 0.0
+    step_s: int | float = 0.0
     """What every step takes besides."""
 
     def seconds(self, plan: Plan) -> float:
@@ -60,9 +60,10 @@ class Cost:
 
 
 def transformer(
-    chip: Chip, *, parameters: float, layers: int, heads: int, kv_heads: int, head_size: int, active: float = 0.0,
-    weight_bytes: float = 2.0, kv_bytes: float = 2.0, chips: int = 1, of_bandwidth: float = 0.8,
-    of_products: float = 0.5, step_s: float = 0.0,
+    chip: Chip, *, parameters: int | float, layers: int, heads: int, kv_heads: int, head_size: int,
+    active: int | float = 0.0,
+    weight_bytes: int | float = 2.0, kv_bytes: int | float = 2.0, chips: int = 1, of_bandwidth: int | float = 0.8,
+    of_products: int | float = 0.5, step_s: int | float = 0.0,
 ) -> Cost:  # fmt: skip
     """The cost of a transformer, from its sizes and the shares of the peaks that are expected to be reached.
 

@@ -78,7 +78,8 @@ class Table(NamedTuple):
     pages: tuple[int, ...]
 
 
-class Chunk(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Chunk:
     """Known tokens to be read into positions start … end - 1."""
 
     row: int

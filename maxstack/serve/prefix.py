@@ -30,8 +30,8 @@ class Node:
 class Prefix:
     """Names for full pages.
 
-    The key of a page is a hash of the key before it and of its tokens; the first one's is the hash of the salt, which
-    is the tenant and the adapter. A key finds a node quickly, but is never believed: the node counts only if its
+    The key of a page is a hash of the key before it and of its tokens; before the first one comes the salt, which is
+    the tenant and the adapter. A key finds a node quickly, but is never believed: the node counts only if its
     parent is the node matched before and its tokens are the same, so a colliding hash costs a hit and nothing else.
     """
 
@@ -46,8 +46,8 @@ class Prefix:
         """Keys that belonged to other tokens."""
 
     def salt(self, tenant: str, adapter: str) -> bytes:
-        """The key before the first page."""
-        return self._hashed(repr((tenant, adapter)).encode())
+        """What pages must have in common to be shared, besides tokens. It is compared itself, not its hash."""
+        return repr((tenant, adapter)).encode()
 
     def lengthen(self, keys: list[bytes], salt: bytes, tokens: Sequence[int]) -> None:
         """Append the keys of those full pages of the tokens that have none yet."""

@@ -123,6 +123,24 @@ def test_the_end_of_a_sequence_is_noticed_late_and_harms_nobody():
     assert scheduler.counters.plan_tokens_dropped == 1
 
 
+def test_results_from_before_a_restart_are_dropped():
+    server = Server(rows=1, ahead=3)
+    low = asked("low", max_tokens=6)
+    server.add(low)
+    server.launch()
+    server.add(asked("high", arrived=1.0, priority=1))
+    server.launch()
+    server.scheduler.cancel("high")
+    assert [start.request.id for start in server.launch().starts] == [
+        "low"
+    ]  # read again, its first token unseen
+    while server.device.under_way:
+        server.finish()
+    assert server.scheduler.counters.plan_tokens_dropped == 2
+    server.run()
+    assert (server.answer("low"), server.end("low")) == alone(low)
+
+
 def test_pages_are_taken_as_they_are_needed():
     server = Server(steps=(1,))
     server.add(asked("a", prompt=range(4), max_tokens=9))

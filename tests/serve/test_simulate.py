@@ -67,10 +67,10 @@ def test_more_clients_give_more_throughput_and_longer_waits():
 
 def test_a_rate_above_what_can_be_served_shows_in_the_goodput():
     target = Target(ttft_s=0.5, tpot_s=0.05)
-    load = Load(requests=300, rate=5.0, prompt=fixed(64), answer=fixed(64))
+    load = Load(requests=80, rate=5.0, prompt=fixed(64), answer=fixed(64))
     calm = simulate(LIMITS, PLAIN, load, target=target)
     assert calm.goodput == pytest.approx(calm.requests_a_second)
-    rushed = simulate(LIMITS, replace(PLAIN, step_s=0.02), replace(load, rate=500.0), target=target)
+    rushed = simulate(LIMITS, replace(PLAIN, step_s=0.05), replace(load, rate=500.0), target=target)
     assert rushed.goodput < 0.5 * rushed.requests_a_second
     assert rushed.ttft_s[99] > 0.5
 
@@ -103,7 +103,7 @@ def test_the_time_of_the_host_is_hidden_by_the_plan_ahead():
 
 
 def test_a_simulation_repeats_itself():
-    load = Load(requests=50, rate=20.0, max_tokens=1000)
+    load = Load(requests=12, rate=20.0, max_tokens=1000)
     assert simulate(LIMITS, PLAIN, load) == simulate(LIMITS, PLAIN, load)
     assert simulate(LIMITS, PLAIN, load) != simulate(LIMITS, PLAIN, replace(load, seed=1))
 
