@@ -254,11 +254,11 @@ def _scaled(products, options: Options):
 def _visible(left, tile, options: Options, each: int, group: int):
     """[rows, tokens]: which key a query sees; rows are (query, head), `tile` tiles are before."""
     keys = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=ROWS)
-    rows = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=ROW) + tile * TILE
-    last = jnp.zeros_like(rows) + (left - 1)  # the key at the position of each row's query
+    behind = left - 1 - keys  # the last query
+    rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=ROWS) + tile * TILE
     for later in range(1, each):
-        last = last - jnp.where(rows < later * group, 1, 0)
-    visible = keys <= lax.broadcast_in_dim(last, (TILE, TILE), [0])
+        behind = behind - jnp.where(rows < later * group, 1, 0)
+    visible = behind >= 0
     if options.window is not None:
-        visible &= keys > lax.broadcast_in_dim(last - options.window, (TILE, TILE), [0])
+        visible &= behind < options.window
     return visible
