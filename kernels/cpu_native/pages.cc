@@ -259,14 +259,21 @@ void with_keys(const Shape& s, const Desk& desk, int64_t rows, const T* keys, in
   }
 }
 
-// Adds the values of the tokens [lo, hi) of a page, by weights that are 0 in the rest of [from, to).
+// 0 in place of what is not finite.
+inline void make_finite(float* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (!std::isfinite(p[i])) p[i] = 0.0f;
+}
+
+// Adds the values of the tokens [lo, hi) of a page, by weights that are 0 in the rest of [from, to). Of the tokens
+// outside [sure_lo, sure_hi) some queries see nothing; others may be padding, so that nobody has written there.
 template <typename T>
-void with_values(const Shape& s, const Desk& desk, int64_t rows, const T* values, int64_t lo, int64_t hi, int64_t from,
-                 int64_t to, float* out) {
+void with_values(const Shape& s, const Desk& desk, int64_t rows, const T* values, int64_t lo, int64_t hi,
+                 int64_t sure_lo, int64_t sure_hi, int64_t from, int64_t to, float* out) {
   int64_t elements = s.size / kNumbers<T>, held = std::min(to, s.page) - from, length = to - from;
   const float* weights = desk.logits + from;
   // What no query sees may be anything, nan too, and 0 nan is nan.
-  bool partial = lo > from || hi < to;
+  bool partial = lo > from || hi < to || sure_lo > lo || sure_hi < hi;
   float *low = desk.block, *high = low + kBlockRows * length;
   for (int64_t w = 0; w < elements; w += kBlockRows) {
     int64_t count = std::min(kBlockRows, elements - w);
@@ -280,8 +287,11 @@ void with_values(const Shape& s, const Desk& desk, int64_t rows, const T* values
       widen(values + (w + r) * s.page + from, held, low + r * length, high + r * length);
       if (!partial) continue;
       for (float* block = low; block <= (kNumbers<T> == 2 ? high : low); block += kBlockRows * length) {
-        std::fill(block + r * length, block + r * length + lo - from, 0.0f);
-        std::fill(block + r * length + hi - from, block + (r + 1) * length, 0.0f);
+        float *row = block + r * length, *end = row + length;
+        std::fill(row, row + lo - from, 0.0f);
+        std::fill(row + hi - from, end, 0.0f);
+        make_finite(row + lo - from, sure_lo - lo);
+        make_finite(row + sure_hi - from, hi - sure_hi);
       }
     }
     products(weights, s.line(), rows, low, length, count, length, out + w, s.size, true);
@@ -316,7 +326,9 @@ void attend_page(const Shape& s, const Pages& pages, const Tile& tile, const Des
   for (int64_t m = 0; m < rows; ++m)
     weigh(s, desk.logits + m * s.line(), desk, scaled, from, to, std::max(lo, begins(m / s.group)),
           ends(m / s.group), sums.out + m * s.size, sums.top + m, sums.total + m);
-  with_values(s, desk, rows, values, lo, hi, from, to, sums.out);
+  // The first query sees the least, the last one begins last.
+  int64_t sure_hi = std::clamp(ends(0), lo, hi), sure_lo = std::min(std::max(lo, begins(tile.count - 1)), sure_hi);
+  with_values(s, desk, rows, values, lo, hi, sure_lo, sure_hi, from, to, sums.out);
 }
 
 // Queries times `scale`, a row each, filled up with zeros.

@@ -14,7 +14,7 @@ from maxstack.models.generation import SamplingParams
 
 TEMPLATE = "template."
 """Settings that begin with it go to the chat template: `/set template.enable_thinking false`."""
-NOT_HERE = ("logprobs", "logit_bias", "stop_token_ids")
+NOT_HERE = ("logprobs", "prompt_logprobs", "logit_bias", "stop_token_ids")
 """Of SamplingParams, for programs rather than people."""
 LONGEST_ANSWER = 1024
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}

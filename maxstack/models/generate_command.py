@@ -19,6 +19,8 @@ from maxstack.models.load import load
 
 STANDARD_INPUT = "-"
 SETTINGS = {field.name: field for field in dataclasses.fields(SamplingParams)}
+NOT_HERE = ("prompt_logprobs",)
+"""Of SamplingParams, for the engine alone."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
 def add_settings(group: Any) -> None:
     """A flag for each setting."""
     helps = {
-        "max_tokens": "new tokens at most", "temperature": "0: the likeliest token",
+        "max_tokens": "new tokens at most", "min_tokens": "no end token before so many new tokens",
+        "temperature": "0: the likeliest token",
         "top_k": "only the k likeliest tokens; 0 for all", "top_p": "only the likeliest tokens of this probability",
         "min_p": "only tokens at least this many times as likely as the likeliest",
         "repetition_penalty": "divides the logits of tokens in prompt and output; 1 for none",
@@ -96,7 +99,7 @@ def bias_of(text: str) -> tuple[int, float]:
 def main(argv: Sequence[str]) -> int:
     """Run the verb; returns the exit code."""
     args = parser().parse_args(argv)
-    params = SamplingParams(**{name: getattr(args, name) for name in SETTINGS})
+    params = SamplingParams(**{name: getattr(args, name) for name in SETTINGS if name not in NOT_HERE})
     if args.batch < 1:
         raise UserError(f"--batch is {args.batch}: it must be at least 1")
     prompts = read_prompts(args.prompt, args.source)

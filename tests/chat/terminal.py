@@ -89,9 +89,16 @@ class Terminal:
                 break
         return self._process.wait(timeout=PATIENCE_S)
 
-    def terminate(self) -> None:
-        """As a system that shuts down does it."""
-        self._process.terminate()
+    def terminated(self) -> int:
+        """Ends it as a system that shuts down does, again if need be, as in `ctrl_c_at_prompt`; the exit code."""
+        for _ in range(PATIENCE_S // RETRY_S):
+            self._process.terminate()
+            limit = time.monotonic() + RETRY_S
+            while self._more(limit - time.monotonic()):
+                pass
+            if time.monotonic() < limit:
+                break
+        return self._process.wait(timeout=PATIENCE_S)
 
     def _more(self, seconds: float) -> bool:
         if not select.select([self._terminal], [], [], max(0, seconds))[0]:

@@ -163,6 +163,5 @@ def test_sigterm_leaves_at_once_with_the_inputs_remembered(model, tmp_path):
         screen.until("> ")
         screen.press("/help\n")
         screen.until("Ctrl-D leaves(.|\n)*> ")
-        screen.terminate()
-        assert screen.ended() == 130
+        assert screen.terminated() == 130
     assert (tmp_path / "maxstack" / "chat_history").read_text().endswith("/help\n")

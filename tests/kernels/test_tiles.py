@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -147,9 +148,10 @@ def attention_call():
     return lambda *each: jax.vjp(attention, *each)[1](each[0]), heads
 
 
-def paged_call():
+def paged_call(implementation="auto"):
     cache = jax.eval_shape(lambda: init_cache(8, 2, 128, page=128, dtype="int8"))
-    return paged_attention, (array(2, 4, 128), cache, array(2, 4, dtype="int32"), array(2, dtype="int32"))
+    call = partial(paged_attention, implementation=implementation)
+    return call, (array(2, 4, 128), cache, array(2, 4, dtype="int32"), array(2, dtype="int32"))
 
 
 def quantized_call(tokens=64):
@@ -179,7 +181,7 @@ CALLS = {
     "attention.mosaic_tpu.backward": (attention_call, Chip("tpu", "v5e"), {"key": 128, "chunk": 128}),
     "attention.mosaic_gpu.forward": (attention_call, HOPPER, {"forward_key": 64}),
     "attention.mosaic_gpu.backward": (attention_call, HOPPER, {"dq_key": 32}),
-    "paged_attention.xla": (paged_call, None, {"tokens": 256}),
+    "paged_attention.xla": (partial(paged_call, "xla"), None, {"tokens": 256}),
     "paged_attention.mosaic_tpu": (paged_call, Chip("tpu", "v6e"), {"slots": 2}),
     "paged_attention.mosaic_gpu": (paged_call, HOPPER, {"splits": 2}),
     "quantized_matmul.mosaic_tpu.int4": (quantized_call, Chip("tpu", "v7x"), {"inputs": 256}),
