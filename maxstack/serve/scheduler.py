@@ -482,8 +482,10 @@ class Scheduler:
         return self.events()
 
     def _result(self, plan: Plan, entry: Entry, results: Mapping[int, Result]) -> Result:
-        """A row's result, refused if it cannot be one."""
+        """A row's result, refused if it cannot be one. Where the request has ended or failed meanwhile there may be none."""
         result = results.get(entry.row, Result())
+        if entry.sequence.finished or entry.sequence.epoch != entry.epoch:
+            return result
         count = len(result.tokens)
         whole = bool(entry.gain) if self.limits.drafts else entry.gain
         if count > entry.gain or (count < whole and not result.ended and result.error is None):
