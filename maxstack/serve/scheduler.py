@@ -482,7 +482,7 @@ class Scheduler:
         return self.events()
 
     def _result(self, plan: Plan, entry: Entry, results: Mapping[int, Result]) -> Result:
-        """A row's result, refused if it cannot be one. Where the request has ended or failed meanwhile there may be none."""
+        """A row's result, refused if it cannot be one; there may be none where the request is over meanwhile."""
         result = results.get(entry.row, Result())
         if entry.sequence.finished or entry.sequence.epoch != entry.epoch:
             return result
