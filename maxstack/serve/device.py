@@ -13,15 +13,16 @@ import jax
 import numpy as np
 
 from maxstack.kernels.paged_attention import PageType
+from maxstack.models import adapters
 from maxstack.models.generation.params import SamplingParams, row_settings
 from maxstack.models.paged.forward import Chunk as Tokens
 from maxstack.models.paged.pools import init_pools
 from maxstack.models.transformer import TransformerConfig
-from maxstack.serve import programs
-from maxstack.serve.compiled import Compiled
+from maxstack.serve import programs, rooms
+from maxstack.serve.compiled import Compiled, shape_of
 from maxstack.serve.embedding import Part, Pooled
 from maxstack.serve.plan import Chunk, Limits, Plan, Start
-from maxstack.serve.programs import ENDED, NOT_FINITE, TOKEN, Form, Prompts, Read, Steps, Told
+from maxstack.serve.programs import ENDED, NOT_FINITE, TOKEN, Form, Prompts, Read, Steps, Told, Weights
 from maxstack.serve.request import Result
 
 # Arrays on their way to the device: programs take them as its own, and their types say so.
@@ -39,6 +40,8 @@ class Asked:
     """Token ids that end it."""
     pooled: bool = False
     """Its prompt's hidden states are wanted."""
+    adapter: int = 0
+    """Its adapter's number, 0 for none."""
 
     @property
     def penalised(self) -> bool:
@@ -86,13 +89,15 @@ class Device:
     """Weights, pools and rows of one model. Used by one thread."""
 
     def __init__(
-        self, config: TransformerConfig, form: Form, weights: list[jax.Array], limits: Limits, kv_dtype: PageType,
+        self, config: TransformerConfig, form: Form, weights: Weights, limits: Limits, kv_dtype: PageType,
         buckets: Sequence[int] | None = None,
     ):  # fmt: skip
         self.config, self.limits, self.weights = config, limits, weights
         self._form = form
         self._table = arrays.full((limits.rows + 1, limits.table_width), -1, np.int32)
         self._generated = arrays.zeros(limits.rows + 1, np.int32)
+        self._adapters = arrays.zeros(limits.rows + 1, np.int32) if isinstance(weights, tuple) else None
+        self._room = jax.tree.map(shape_of, weights[1]) if isinstance(weights, tuple) else None
         self._programs = Compiled()
         self.buckets = buckets_up_to(limits.rows) if buckets is None else tuple(sorted(buckets))
         settings = row_settings([NEUTRAL], config.vocab_size)
@@ -114,6 +119,11 @@ class Device:
     def warm_up(self) -> None:
         """Compile every program that `launch` may want."""
         table, held = self._programs, (self._pools, self._state)
+        if self._room is not None:
+            axis = int(self._form.stacked)
+            new = jax.tree.map(lambda leaf: np.zeros(np.delete(leaf.shape, axis), leaf.dtype), self._room)
+            put_in = partial(adapters.put, axis=axis)
+            table.add("adapter", put_in, self.weights[1], np.int32(0), new, donate=(0,))
         table.add("seat", programs.seat, self._state, np.int32(0), *self._nothing_seen(), donate=(0,))
         for bucket in self.buckets:
             example = self._steps(np.zeros(bucket, np.int32), np.zeros(bucket, np.int32), 0)
@@ -158,6 +168,17 @@ class Device:
             self._pools, self._state, given, said, written
         )
         return said
+
+    def fitted(self, adapter: adapters.Adapter) -> Any:
+        """An adapter for `put_adapter`. Any thread may ask."""
+        if self._room is None:
+            raise ValueError("the device has no room for adapters")
+        return rooms.filled(adapter, self._room, self.config, stacked=self._form.stacked)
+
+    def put_adapter(self, slot: int, fitted: Any) -> None:
+        """Put an adapter in a place, counted from 0."""
+        leaves, room = self.weights
+        self.weights = leaves, self._programs["adapter"](room, np.int32(slot), fitted)
 
     def launch(self, plan: Plan) -> Launched:
         """Start the device on a plan."""
@@ -223,6 +244,8 @@ class Device:
         """A row gets a request."""
         asked: Asked = start.request.params
         self._generated[start.row] = len(start.tokens)
+        if self._adapters is not None:
+            self._adapters[start.row] = asked.adapter
         if asked.penalised:
             prompt_v, counts_v = self._nothing_seen()
             prompt_v[list(start.request.prompt)] = True
@@ -241,7 +264,10 @@ class Device:
         return rows, counts
 
     def _steps(self, rows: Any, counts: Any, step: int) -> Steps:
-        return Steps(rows, self._table[rows], counts, arrays.int32(step))
+        return Steps(rows, self._table[rows], counts, arrays.int32(step), self._adapters_of(rows))
+
+    def _adapters_of(self, rows: Any) -> Any:
+        return None if self._adapters is None else self._adapters[rows]
 
     def _prompts(self, chunks: Sequence[Chunk], shape: tuple[int, int]) -> Prompts:
         """Chunks as arrays of a shape, filled up with nobody's."""
@@ -268,7 +294,7 @@ class Device:
             [one.ends for one in asked],
             documents.tolist(),
         )
-        chunk = Tokens(tokens, self._table[rows], lengths, counts, documents)
+        chunk = Tokens(tokens, self._table[rows], lengths, counts, documents, self._adapters_of(rows))
         return Prompts(rows, chunk, last, left, settings, following, pooled)
 
 

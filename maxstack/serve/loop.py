@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from maxstack.serve.compiled import Compilations
@@ -82,6 +83,22 @@ class Loop:
     def cancel(self, request_id: str, reason: str) -> None:
         """End a request, for a reason that is delivered as its finish; nothing where it is over already."""
         self._inbox.put(lambda: self._cancel(request_id, reason))
+
+    def call(self, function: Callable[[], None]) -> "Future[None]":
+        """Have the engine's thread do something between two plans."""
+        future: Future[None] = Future()
+
+        def run() -> list[News]:
+            try:
+                future.set_result(function())
+            except STEP_ERRORS as error:
+                future.set_exception(error)
+            return []
+
+        self._inbox.put(run)
+        if self.dead is not None and not future.done():
+            future.set_exception(EngineDead(str(self.dead)))
+        return future
 
     def stop(self) -> None:
         """Have `run` return; requests that are not over fail."""

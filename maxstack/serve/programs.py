@@ -47,6 +47,8 @@ class Steps(NamedTuple):
     """Steps of this plan that the row takes part in."""
     step: Int[Array, ""]
     """Which of them this is."""
+    adapters_b: Int[Array, "b"] | None = None
+    """Each row's adapter, as in `Chunk`."""
 
 
 class Prompts(NamedTuple):
@@ -83,16 +85,22 @@ class Read(NamedTuple):
     top_logprobs_btm: Float[Array, "b t m"]
 
 
+Weights = Any
+"""A list of arrays; where there is room for adapters, a pair of it and the room."""
+
+
 class Form(NamedTuple):
     """How a model runs on a platform."""
 
-    advance: Callable[[list[Array], Pools, Chunk], tuple[Array, Any]]
+    advance: Callable[[Weights, Pools, Chunk], tuple[Array, Any]]
     """(weights, pools, chunk) -> residual stream, and what `keep` takes: or, without one, the pools."""
-    logits: Callable[[list[Array], Array], Array]
+    logits: Callable[[Weights, Array], Array]
     """(weights, residual stream) -> float32 logits."""
-    hidden: Callable[[list[Array], Array], Array]
+    hidden: Callable[[Weights, Array], Array]
     """(weights, residual stream) -> what the output projection reads."""
     keep: Callable[[Pools, Any, Chunk], Pools] | None
+    stacked: bool = True
+    """Weights of layers, and the room for adapters beside them, have an axis for repeats in front."""
 
 
 def empty_rows(rows: int, vocab_size: int, settings: RowSettings) -> RowState:
@@ -112,7 +120,9 @@ def chunk_of(state: RowState, steps: Steps) -> Chunk:
     lengths_b = state.lengths_r[steps.rows_b]
     active_b = (state.left_r[steps.rows_b] > 0) & (steps.step < steps.counts_b)
     tokens_b1 = state.next_r[steps.rows_b][:, None]
-    return Chunk(tokens_b1, steps.table_bp, lengths_b, active_b.astype(jnp.int32), lengths_b + 1)
+    return Chunk(
+        tokens_b1, steps.table_bp, lengths_b, active_b.astype(jnp.int32), lengths_b + 1, steps.adapters_b
+    )
 
 
 def decode_read(form: Form, weights, pools: Pools, state: RowState, steps: Steps) -> tuple[Told, Any]:

@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
+from maxstack.serve.adapters import Held
 from maxstack.serve.loop import News
 from maxstack.serve.output import Answer, Delta, Output
 
@@ -11,8 +12,8 @@ from maxstack.serve.output import Answer, Delta, Output
 class Stream:
     """One request's answer, as its event loop sees it."""
 
-    def __init__(self, answer: Answer, loop: asyncio.AbstractEventLoop):
-        self.answer, self.loop = answer, loop
+    def __init__(self, answer: Answer, loop: asyncio.AbstractEventLoop, adapter: Held | None = None):
+        self.answer, self.loop, self.adapter = answer, loop, adapter
         self._new: deque[Delta] = deque()
         self._waiting: asyncio.Future[None] | None = None
         self._wants_all = False
