@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from maxstack.config import UserError
 from maxstack.data.tokenizer import Tokenizer
@@ -70,17 +70,24 @@ class AsyncEngine:
         default = () if tokenizer is None else tokenizer.stop_ids
         self.end_ids = frozenset(default if end_ids is None else end_ids)
         self._by_length = scales_by_length(model.config)
+        self.observer: Observer | None = None
 
-    def warm_up(self) -> None:
-        """Compile everything, and begin to work. `stream` and the like do it first where nobody has."""
+    def warm_up(self, told: Callable[[int, int], None] | None = None) -> None:
+        """Compile everything, and begin to work. `stream` and the like do it first where nobody has. `told` hears
+        how many programs are compiled, and of how many."""
         if not self._thread.ident:
-            self._loop.device.warm_up()
+            self._loop.device.warm_up(told)
             self._thread.start()
 
     @property
     def progress(self) -> Progress:
         """What a watchdog looks at."""
         return self._loop.progress
+
+    @property
+    def has_work(self) -> bool:
+        """Whether some request is not over yet."""
+        return self._loop.has_work
 
     @property
     def dead(self) -> BaseException | None:
@@ -158,11 +165,13 @@ class AsyncEngine:
             params=Asked(params, tuple(sorted(params.ends(self.end_ids)))),
         )  # fmt: skip
         answer = Answer(name, ids, params, self.tokenizer, self.end_ids)
-        stream = self._open[name] = Stream(answer, asyncio.get_running_loop())
+        stream = self._open[name] = Stream(answer, asyncio.get_running_loop(), self._clock)
         self._loop.submit(request)
         if self.dead is not None:  # it has stopped meanwhile, and looks at nothing any more
             self._open.pop(name, None)
             raise EngineDead(str(self.dead))
+        if self.observer is not None:
+            self.observer.opened(stream)
         return stream
 
     def ids(self, prompt: Prompt) -> tuple[int, ...]:
@@ -179,6 +188,7 @@ class AsyncEngine:
         if stream is not None and not stream.answer.done:
             self._loop.cancel(request_id, "cancelled")
             stream.take(News(request_id, finish="cancelled"))
+            self._over(stream)
 
     def close(self) -> None:
         """Stop working; requests that are not over fail with EngineDead."""
@@ -209,13 +219,34 @@ class AsyncEngine:
                 del self._open[each.id]
                 if each.finish is None:  # a stop string, which the device does not know
                     self._loop.cancel(each.id, "stop")
+                self._over(stream)
+
+    def _over(self, stream: "Stream") -> None:
+        if self.observer is not None:
+            self.observer.closed(stream)
+
+
+class Observer(Protocol):
+    """Hears of every request, in the event loop of whoever asks."""
+
+    def opened(self, stream: "Stream") -> None:
+        """It was asked for, in the context of the caller."""
+
+    def closed(self, stream: "Stream") -> None:
+        """It is over: its answer says how."""
 
 
 class Stream:
     """One request's answer, as its event loop sees it."""
 
-    def __init__(self, answer: Answer, loop: asyncio.AbstractEventLoop):
+    def __init__(
+        self, answer: Answer, loop: asyncio.AbstractEventLoop, clock: Callable[[], float] = time.monotonic
+    ):
         self.answer, self.loop = answer, loop
+        self._clock, self.asked = clock, clock()
+        self.admitted: float | None = None
+        self.first: float | None = None
+        """When it was asked for, given a row, and answered with a first token, on the engine's clock."""
         self._new: deque[Delta] = deque()
         self._waiting: asyncio.Future[None] | None = None
         self._wants_all = False
@@ -227,6 +258,10 @@ class Stream:
 
     def take(self, news: News) -> None:
         """Take in news, in the event loop."""
+        if self.admitted is None:
+            self.admitted = news.admitted
+        if self.first is None and news.tokens:
+            self.first = self._clock()
         delta = self.answer.take(news)
         if not self._wants_all:
             self._new.append(delta)
