@@ -85,6 +85,11 @@ class AsyncEngine:
         return self._loop.progress
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights on the device."""
+        return sum(leaf.nbytes for leaf in self._loop.device.weights)
+
+    @property
     def has_work(self) -> bool:
         """Whether some request is not over yet."""
         return self._loop.has_work
@@ -246,7 +251,8 @@ class Stream:
         self._clock, self.asked = clock, clock()
         self.admitted: float | None = None
         self.first: float | None = None
-        """When it was asked for, given a row, and answered with a first token, on the engine's clock."""
+        self.ended: float | None = None
+        """When it was asked for, given a row, answered with a first token, and done, on the engine's clock."""
         self._new: deque[Delta] = deque()
         self._waiting: asyncio.Future[None] | None = None
         self._wants_all = False
@@ -263,6 +269,8 @@ class Stream:
         if self.first is None and news.tokens:
             self.first = self._clock()
         delta = self.answer.take(news)
+        if self.answer.done and self.ended is None:
+            self.ended = self._clock()
         if not self._wants_all:
             self._new.append(delta)
         if (
