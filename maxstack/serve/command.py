@@ -58,17 +58,25 @@ def _model(group: Any) -> None:
     add("--name", metavar="NAME", help="the name that clients ask for (default: the last part of M)")
     add("--adapters", nargs="+", default=[], metavar="NAME=FOLDER", type=adapter_of,
         help="LoRA adapters (PEFT folders); clients choose one as their model")  # fmt: skip
-    add("--weights", choices=KINDS, help="hold the weights of linear layers in few bits (default: as they are)")
+    add(
+        "--weights",
+        choices=KINDS,
+        help="hold the weights of linear layers in few bits (default: as they are)",
+    )
     add("--dtype", choices=("bfloat16", "float32"), help="compute type (default: what suits the machine)")
     add("--template", metavar="FILE", help="a chat template instead of the model's: a jinja file, or chatml")
-    add("--parser", metavar="NAME", help="how tool calls and reasoning are spelled (default: by the template)")
+    add(
+        "--parser", metavar="NAME", help="how tool calls and reasoning are spelled (default: by the template)"
+    )
     add("--step", type=int, help="checkpoint step of a run (default: the newest)")
     add("--averaged", action="store_true", help="the moving average of a run's weights")
 
 
 def _sizes(group: Any) -> None:
     add = group.add_argument
-    add("--kv", choices=tuple(KV), help="type of the cache's numbers; int8 holds twice the tokens of bfloat16")
+    add(
+        "--kv", choices=tuple(KV), help="type of the cache's numbers; int8 holds twice the tokens of bfloat16"
+    )
     add("--max-length", type=positive, metavar="N", help="tokens of prompt and answer together, at most")
     add("--rows", type=positive, metavar="N", help="requests worked on at once")
     add("--pages", type=positive, metavar="N", help="pages of the cache (default: what fits)")
@@ -86,14 +94,26 @@ def _network(group: Any) -> None:
     add("--management-key-file", type=Path, metavar="FILE",
         help="the key of /manage/… (adapters, weights, drain, profile), which are off without it")  # fmt: skip
     add("--allow-no-key", action="store_true", help="answer other machines although there is no key")
-    add("--cors-origin", action="append", default=[], metavar="URL", help="web pages that may ask; again for more")
+    add(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="web pages that may ask; again for more",
+    )
 
 
 def _watching(group: Any) -> None:
     add = group.add_argument
     add("--log-file", metavar="FILE", help='one line a request there; "-" for standard error (default: none)')
     add("--log-format", choices=("json", "text"), default="json", help="of those lines (default %(default)s)")
-    add("--log-rotate-mb", type=positive, default=None, metavar="MB", help="put the file aside at this size, keep 5")
+    add(
+        "--log-rotate-mb",
+        type=positive,
+        default=None,
+        metavar="MB",
+        help="put the file aside at this size, keep 5",
+    )
     add("--log-prompts", action="store_true", help="prompts and answers too (default: sizes and times alone)")
     add("--drain-seconds", type=seconds, default=30.0, metavar="S",
         help="for requests to finish in when the server is asked to leave (default %(default)s)")  # fmt: skip
@@ -124,7 +144,9 @@ def main(argv: Sequence[str]) -> int:
         return asyncio.run(_serve(args, begin, phases, settings, sock))
 
 
-async def _serve(args: argparse.Namespace, begin: Start, phases: Phases, settings: Settings, sock: Any) -> int:
+async def _serve(
+    args: argparse.Namespace, begin: Start, phases: Phases, settings: Settings, sock: Any
+) -> int:
     """Serve until asked to leave."""
     finishing: list[Callable] = []
     requests = None
@@ -138,6 +160,7 @@ async def _serve(args: argparse.Namespace, begin: Start, phases: Phases, setting
         begin.model_name, phases=phases, stuck_after_s=args.stuck_after, requests=requests,
         tracer=tracer(maxstack.__version__), log_prompts=args.log_prompts,
     )  # fmt: skip
+    operation.loading = {"dtype": args.dtype, "weights": args.weights}
     operation.routers += [probes(operation), management(operation)]
 
     def begun():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from maxstack.serve.compiled import Compilations
 from maxstack.serve.device import Device, Found, Launched, Logprobs
+from maxstack.serve.embedding import Part
 from maxstack.serve.errors import EngineDead, NotFinite, RequestFailed, StepFailed
 from maxstack.serve.request import Event, Full, Refused, Request
 from maxstack.serve.scheduler import Scheduler
@@ -33,6 +34,8 @@ class News:
     logprobs: list[Logprobs] | None = None
     prompt: tuple[int, list[Logprobs]] | None = None
     """A position of the prompt, and log-probabilities of its tokens from there on."""
+    pooled: Part | None = None
+    """What a chunk of the prompt adds to its embedding."""
     finish: str | None = None
     error: Exception | None = None
     cached: int = 0
@@ -157,12 +160,23 @@ class Loop:
             logprobs = found.logprobs.get(event.id)
             if logprobs is not None:
                 logprobs = logprobs[: len(event.tokens)]
-            prompt = found.prompts.pop(event.id, None)
+            prompt, pooled = found.prompts.pop(event.id, None), found.pooled.pop(event.id, None)
             told.append(
-                News(event.id, event.tokens, logprobs, prompt, event.finish, error, event.cached, event.admitted)
+                News(
+                    event.id,
+                    event.tokens,
+                    logprobs,
+                    prompt,
+                    pooled,
+                    event.finish,
+                    error,
+                    event.cached,
+                    event.admitted,
+                )
             )
         # Of prompts that were read in part, with no token yet.
         told += [News(request_id, prompt=prompt) for request_id, prompt in found.prompts.items()]
+        told += [News(request_id, pooled=part) for request_id, part in found.pooled.items()]
         return told
 
     def _recover(self, error: str) -> None:

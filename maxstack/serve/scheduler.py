@@ -234,7 +234,10 @@ class Scheduler:
     def _known(self, sequence: Sequence) -> list[Node] | None:
         """Pages that the prefix cache has for it; None if an earlier request is about to add the next one."""
         request, limits = sequence.request, self.limits
-        if not limits.prefix_cache or not request.use_cache:
+        if not limits.prefix_cache:
+            return []
+        if not request.use_cache:  # others may still wait for its pages
+            self.prefix.lengthen(sequence.keys, sequence.salt, sequence.tokens)
             return []
         if self._waits(sequence, sequence.waits_for):
             return None

@@ -70,8 +70,9 @@ def limits_of(what: Start, config: TransformerConfig, kv: Any) -> Limits:
     if what.max_length is not None and what.max_length > config.max_length:
         raise UserError(f"--max-length {what.max_length} is more than the model's {config.max_length} tokens")
     limits = default_limits(config, kv, rows=what.rows, max_length=what.max_length)
-    changes = {"pages": what.pages, "waiting": what.waiting}
-    limits = dataclasses.replace(limits, **{name: n for name, n in changes.items() if n is not None})
+    limits = dataclasses.replace(
+        limits, pages=what.pages or limits.pages, waiting=what.waiting or limits.waiting
+    )
     if limits.pages < limits.table_width:
         raise UserError(
             f"--pages {limits.pages} of {limits.page} tokens hold no sequence of {limits.max_length} tokens: give "

@@ -46,4 +46,6 @@ def check(key: str, number: int, where: str) -> None:
             f"`openssl rand -hex 32` makes a good one"
         )
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise UserError(f"{where}: key {number} holds something that no header carries: use letters and digits")
+        raise UserError(
+            f"{where}: key {number} holds something that no header carries: use letters and digits"
+        )

@@ -78,15 +78,15 @@ class Traffic:
 
     def read(self, counters: Counters) -> float:
         """Bytes read since the start, of weights and of the cache."""
-        return (
-            counters.weight_reads * self.weight_bytes + counters.kv_tokens_read * self.kv_bytes_a_token
-        )
+        return counters.weight_reads * self.weight_bytes + counters.kv_tokens_read * self.kv_bytes_a_token
 
 
 class Metrics(Collector):
     """Everything that is told to Prometheus."""
 
-    def __init__(self, model: str, own: Callable[[], Iterator[Metric]], clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, model: str, own: Callable[[], Iterator[Metric]], clock: Callable[[], float] = time.monotonic
+    ):
         """`own` gives further numbers, of the operation as a whole."""
         self.registry = CollectorRegistry()
         self.engine: Any = None
@@ -119,17 +119,34 @@ class Metrics(Collector):
 
     def _of_engine(self, counters: Counters) -> Iterator[Metric]:
         engine, model = self.engine, self._model
-        yield _counter("compilations_after_ready", "Programs compiled since ready: 0, or something is wrong.", model, engine.compilations)
+        yield _counter(
+            "compilations_after_ready",
+            "Programs compiled since ready: 0, or something is wrong.",
+            model,
+            engine.compilations,
+        )
         yield _counter("engine_steps", "Plans that the device has done.", model, engine.progress.steps)
-        yield _counter("device_busy_seconds", "Time in which the device had work.", model, engine.progress.busy_s)
-        yield _counter("failed_steps", "Steps that failed; the engine began afresh.", model, counters.cache_losses)
+        yield _counter(
+            "device_busy_seconds", "Time in which the device had work.", model, engine.progress.busy_s
+        )
+        yield _counter(
+            "failed_steps", "Steps that failed; the engine began afresh.", model, counters.cache_losses
+        )
         read = self.traffic.read(counters)
         yield _counter("read_bytes", "Bytes of weights and cache that steps had to read.", model, read)
         share = self.bandwidth_share(read, engine.progress.busy_s)
         if share is not None:
-            yield _gauge("memory_bandwidth_share", "Of the memory's peak, while the device had work; 0 to 1.", model, share)
+            yield _gauge(
+                "memory_bandwidth_share",
+                "Of the memory's peak, while the device had work; 0 to 1.",
+                model,
+                share,
+            )
         limits = engine.limits
-        told = {name: str(getattr(limits, name)) for name in ("page", "pages", "rows", "max_length", "prefix_cache")}
+        told = {
+            name: str(getattr(limits, name))
+            for name in ("page", "pages", "rows", "max_length", "prefix_cache")
+        }
         info = InfoMetricFamily(f"{PREFIX}cache_config", "The cache's sizes.", labels=("model_name",))
         info.add_metric((model,), told)
         yield info
@@ -162,7 +179,9 @@ def of_counters(counters: Counters, model: str) -> Iterator[Metric]:
         histogram: names.Histogram = getattr(counters, name)
         family = HistogramMetricFamily(PREFIX + name, what, labels=("model_name",))
         bounds = [*(str(float(bound)) for bound in histogram.bounds), "+Inf"]
-        family.add_metric((model,), list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.sum)
+        family.add_metric(
+            (model,), list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.sum
+        )
         yield family
 
 

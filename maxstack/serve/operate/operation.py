@@ -62,6 +62,8 @@ class Operation:
         self._idle = asyncio.Event()
         self._stuck_after_s, self._requests, self._tracer = stuck_after_s, requests, tracer
         self._log_prompts = log_prompts
+        self.loading: dict[str, Any] = {}
+        """How models are read, for weights that come later."""
 
     def attach(self, engine: AsyncEngine) -> None:
         """The engine is there."""
@@ -126,7 +128,9 @@ class Operation:
         ended = seen.ended or time.monotonic()
         self.metrics.http_requests.labels(path, _method(seen.method), str(seen.status)).inc()
         self.metrics.http_seconds.labels(path).observe(ended - seen.arrived)
-        if asked is None or (not asked.streams and path in ("/health", "/ready", "/metrics") and seen.status < 400):
+        if asked is None or (
+            not asked.streams and path in ("/health", "/ready", "/metrics") and seen.status < 400
+        ):
             return
         if self._requests is not None:
             self._requests.write(record_of(seen, asked.streams, prompts=self._log_prompts))
@@ -138,9 +142,6 @@ class Operation:
         asked = _current.get()
         if asked is not None:
             asked.streams.append(stream)
-
-    def closed(self, stream: Stream) -> None:
-        """Nothing to do: what is known of it is told when its request is over."""
 
     # ------------------------------------------------------------------------------------------------- the end
     @property
@@ -165,13 +166,17 @@ class Operation:
             self._tracer.close()
 
     def _own_metrics(self) -> Iterator[Metric]:
-        family = GaugeMetricFamily(f"{PREFIX}startup_seconds", "Of each phase of the start.", labels=("phase",))
+        family = GaugeMetricFamily(
+            f"{PREFIX}startup_seconds", "Of each phase of the start.", labels=("phase",)
+        )
         for phase, seconds in list(self.phases.seconds.items()):
             family.add_metric((phase,), seconds)
         yield family
         yield GaugeMetricFamily(f"{PREFIX}healthy", "As /health has it.", value=int(self.health()[0]))
         yield GaugeMetricFamily(f"{PREFIX}ready", "As /ready has it.", value=int(self.ready()[0]))
-        yield GaugeMetricFamily(f"{PREFIX}draining", "Whether the server is about to end.", value=int(self.draining))
+        yield GaugeMetricFamily(
+            f"{PREFIX}draining", "Whether the server is about to end.", value=int(self.draining)
+        )
         if self.watchdog is not None:
             what = "Since the engine got a step done, while it has work."
             yield GaugeMetricFamily(f"{PREFIX}engine_stalled_seconds", what, value=self.watchdog.stalled_s)
@@ -196,4 +201,3 @@ def _method(method: str) -> str:
 
 def _unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, code=code, headers={"Retry-After": str(RETRY_S)})
-

@@ -12,12 +12,17 @@ def probes(operation: Operation) -> APIRouter:
     """The routes. The first two take no key, the others the server's."""
     router = APIRouter(tags=["operation"])
 
-    @router.get("/health", summary="200 while the engine works or starts, 503 with the reason when it is stuck or dead")
+    @router.get(
+        "/health",
+        summary="200 while the engine works or starts, 503 with the reason when it is stuck or dead",
+    )
     async def health() -> JSONResponse:
         well, told = operation.health()
         return JSONResponse(told, 200 if well else 503)
 
-    @router.get("/ready", summary="200 when requests should be sent here; 503 while starting, draining, or not well")
+    @router.get(
+        "/ready", summary="200 when requests should be sent here; 503 while starting, draining, or not well"
+    )
     async def ready() -> JSONResponse:
         well, told = operation.ready()
         return JSONResponse(told, 200 if well else 503)

@@ -60,12 +60,18 @@ class RequestLog:
                 self.dropped += 1
                 self._let_go()
                 if not self._failing:
-                    log.warning("the request log %s cannot be written: %s; lines are dropped", self._place, error.strerror)
+                    log.warning(
+                        "the request log %s cannot be written: %s; lines are dropped",
+                        self._place,
+                        error.strerror,
+                    )
                 self._failing = True
             else:
                 self.written += 1
                 if self._failing:
-                    log.warning("the request log %s is written again; %d lines are missing", self._place, self.dropped)
+                    log.warning(
+                        "the request log %s is written again; %d lines are missing", self._place, self.dropped
+                    )
                 self._failing = False
         self._let_go()
 

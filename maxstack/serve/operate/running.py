@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from socket import socket
@@ -63,7 +64,9 @@ async def serve(
     door, stop = Door(operation), asyncio.Event()
 
     def asked(name: str) -> None:
-        serving.say(f"{name}: finishing what is under way, {serving.drain_s:.0f} s at most; once more ends it at once")
+        serving.say(
+            f"{name}: finishing what is under way, {serving.drain_s:.0f} s at most; once more ends it at once"
+        )
         stop.set()
 
     config = server_config(door, serving.settings, timeout_graceful_shutdown=LAST_WORDS_S)  # type: ignore[arg-type]
@@ -119,23 +122,10 @@ async def _open(
 async def _begun(
     begin: Callable[[], AsyncEngine], stopping: asyncio.Task, answering: asyncio.Task
 ) -> AsyncEngine | None:
-    """The engine, made in a thread that nobody has to wait for; None if asked to leave meanwhile."""
-    loop = asyncio.get_running_loop()
-    made: asyncio.Future[AsyncEngine] = loop.create_future()
-
-    def tell(how: Callable[[Any], None], what: Any) -> None:
-        if not made.cancelled():
-            how(what)
-
-    def work() -> None:
-        try:
-            engine = begin()
-        except BaseException as error:  # for whoever waits, as it is
-            loop.call_soon_threadsafe(tell, made.set_exception, error)
-        else:
-            loop.call_soon_threadsafe(tell, made.set_result, engine)
-
-    threading.Thread(target=work, name="maxstack-start", daemon=True).start()
+    """The engine, made in a thread; None if asked to leave meanwhile."""
+    starting = ThreadPoolExecutor(1, thread_name_prefix="maxstack-start")
+    made = asyncio.get_running_loop().run_in_executor(starting, begin)
+    starting.shutdown(wait=False)
     await asyncio.wait({made, stopping, answering}, return_when=asyncio.FIRST_COMPLETED)
     if made.done():
         return made.result()

@@ -18,7 +18,10 @@ class StatusLine:
     """Redrawn in place where standard error is a terminal; elsewhere nothing."""
 
     def __init__(
-        self, operation: Operation, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        operation: Operation,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self._operation, self._clock = operation, clock
         self._console = console or Console(stderr=True)
@@ -29,11 +32,11 @@ class StatusLine:
         """Until cancelled."""
         if not self._console.is_terminal:
             return
-        with contextlib.suppress(OSError):  # the terminal has gone away; the server stays
-            with Live(console=self._console, refresh_per_second=4, transient=True, redirect_stdout=False) as live:
-                while True:
-                    live.update(Text(self.text(), style="dim"), refresh=True)
-                    await asyncio.sleep(EVERY_S)
+        live = Live(console=self._console, refresh_per_second=4, transient=True, redirect_stdout=False)
+        with contextlib.suppress(OSError), live:  # where the terminal goes away, the server stays
+            while True:
+                live.update(Text(self.text(), style="dim"), refresh=True)
+                await asyncio.sleep(EVERY_S)
 
     def text(self) -> str:
         """The line as it is now."""

@@ -69,7 +69,10 @@ def tracer(version: str) -> Tracer | None:
     asked = any(os.environ.get(name) for name in ASKING) and wanted != "none"
     if not asked or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
-    if importlib.util.find_spec("opentelemetry") is None or importlib.util.find_spec("opentelemetry.sdk") is None:
+    if (
+        importlib.util.find_spec("opentelemetry") is None
+        or importlib.util.find_spec("opentelemetry.sdk") is None
+    ):
         log.warning("OTEL_* asks for traces, and opentelemetry-sdk is not installed: there are none")
         return None
     exporters = [each for each in map(_exporter, (wanted or "otlp").split(",")) if each is not None]
@@ -81,7 +84,9 @@ def tracer(version: str) -> Tracer | None:
 
     # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES go before ours.
     own = {"service.name": "maxstack", "service.version": version}
-    if os.environ.get("OTEL_SERVICE_NAME") or "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
+    if os.environ.get("OTEL_SERVICE_NAME") or "service.name=" in os.environ.get(
+        "OTEL_RESOURCE_ATTRIBUTES", ""
+    ):
         del own["service.name"]
     provider = TracerProvider(resource=Resource.create(own), shutdown_on_exit=False)
     for exporter in exporters:
@@ -97,10 +102,13 @@ def _exporter(name: str) -> Any:
 
         return ConsoleSpanExporter()
     if name == "otlp":
-        protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+        protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get(
+            "OTEL_EXPORTER_OTLP_PROTOCOL"
+        )
         name = PROTOCOLS.get(protocol or "http/protobuf", name)
     found = list(importlib.metadata.entry_points(group=EXPORTERS, name=name))
     if not found:
-        log.warning("OTEL_* asks for the exporter %s, which no package brings: install opentelemetry-exporter-otlp", name)
+        what = "OTEL_* asks for the exporter %s, which no package brings: install opentelemetry-exporter-otlp"
+        log.warning(what, name)
         return None
     return found[0].load()()

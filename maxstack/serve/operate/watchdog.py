@@ -1,4 +1,4 @@
-"""Tells a busy engine from one that is stuck or dead: by whether its steps get done, not by how long a request takes."""
+"""Tells a busy engine from one that is stuck or dead: by whether its steps get done, not by how long requests take."""
 
 import asyncio
 import time
