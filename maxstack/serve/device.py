@@ -5,7 +5,7 @@ tables and what rows were given are kept on the host too, as numpy; each launch 
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -116,8 +116,8 @@ class Device:
         self._pools, self._state = self._programs["empty"]()
         self._table[:] = -1
 
-    def warm_up(self) -> None:
-        """Compile every program that `launch` may want."""
+    def warm_up(self, told: Callable[[int, int], None] | None = None) -> None:
+        """Compile every program that `launch` may want; `told` hears how many are done, and of how many."""
         table, held = self._programs, (self._pools, self._state)
         if self._room is not None:
             axis = int(self._form.stacked)
@@ -136,7 +136,7 @@ class Device:
                 held,
                 self._prompts((), shape),
             )
-        table.compile()
+        table.compile(told=told)
 
     def _add_pair(self, key: Any, read: Any, keep: Any, held: tuple, example: Any) -> None:
         """The programs of a step: one that reads and writes, or one for each."""

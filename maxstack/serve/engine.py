@@ -6,7 +6,9 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol
+
+import jax
 
 from maxstack.config import UserError
 from maxstack.data.tokenizer import Tokenizer
@@ -74,17 +76,29 @@ class AsyncEngine:
         default = () if tokenizer is None else tokenizer.stop_ids
         self.end_ids = frozenset(default if end_ids is None else end_ids)
         self._by_length = scales_by_length(model.config)
+        self.observer: Observer | None = None
 
-    def warm_up(self) -> None:
-        """Compile everything, and begin to work. `stream` and the like do it first where nobody has."""
+    def warm_up(self, told: Callable[[int, int], None] | None = None) -> None:
+        """Compile everything, and begin to work. `stream` and the like do it first where nobody has. `told` hears
+        how many programs are compiled, and of how many."""
         if not self._thread.ident:
-            self._loop.device.warm_up()
+            self._loop.device.warm_up(told)
             self._thread.start()
 
     @property
     def progress(self) -> Progress:
         """What a watchdog looks at."""
         return self._loop.progress
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights on the device."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._loop.device.weights))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether some request is not over yet."""
+        return self._loop.has_work
 
     @property
     def dead(self) -> BaseException | None:
@@ -197,11 +211,13 @@ class AsyncEngine:
             raise
         pool = None if pooling is None else Pool(pooling)
         answer = Answer(name, ids, params, self.tokenizer, self.end_ids, pool)
-        stream = self._open[name] = Stream(answer, asyncio.get_running_loop(), held)
+        stream = self._open[name] = Stream(answer, asyncio.get_running_loop(), self._clock, held)
         self._loop.submit(request)
         if self.dead is not None:  # it has stopped meanwhile, and looks at nothing any more
             self._forget(name)
             raise EngineDead(str(self.dead))
+        if self.observer is not None:
+            self.observer.opened(stream)
         return stream
 
     def _forget(self, request_id: str) -> Stream | None:
@@ -260,6 +276,13 @@ class AsyncEngine:
                 self._forget(each.id)
                 if each.finish is None:  # a stop string, which the device does not know
                     self._loop.cancel(each.id, "stop")
+
+
+class Observer(Protocol):
+    """Hears of every request, in the event loop of whoever asks."""
+
+    def opened(self, stream: "Stream") -> None:
+        """It was asked for, in the context of the caller."""
 
 
 def scales_by_length(config: TransformerConfig) -> bool:

@@ -108,7 +108,7 @@ class Scheduler:
         error: str | None = None,
     ) -> None:
         cached = max(sequence.cached, 0)
-        self._events.append(Event(sequence.request.id, tokens, finish, error, cached))
+        self._events.append(Event(sequence.request.id, tokens, finish, error, cached, sequence.admitted))
 
     @property
     def idle(self) -> bool:
@@ -449,6 +449,8 @@ class Scheduler:
         self._counters.prompt_tokens += read
         self._counters.chunk_padding_tokens += shape[0] * shape[1] - read if shape else 0
         self._counters.iteration_tokens_total.observe(read + sum(decode.count for decode in decodes))
+        self._counters.weight_reads += bool(chunks) + (steps if decodes else 0)
+        self._counters.kv_tokens_read += steps * sum(decode.length for decode in decodes)
         plan = Plan(
             number,
             tuple(starts),
