@@ -5,6 +5,7 @@ engine = Engine(model, tokenizer)
 """
 
 import asyncio
+import dataclasses
 import itertools
 import threading
 import time
@@ -21,6 +22,7 @@ from maxstack.models.generation.checks import check_request
 from maxstack.models.generation.params import SamplingParams
 from maxstack.models.rope import BY_LENGTH
 from maxstack.models.transformer import Transformer, TransformerConfig
+from maxstack.serve.constrain.grammars import Compiled as Constrained
 from maxstack.serve.device import Asked, Device
 from maxstack.serve.errors import EngineDead
 from maxstack.serve.forms import form_for
@@ -136,9 +138,12 @@ class AsyncEngine:
 
     def open(
         self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0,
-        deadline_s: float | None = None, tenant: str = "",
+        deadline_s: float | None = None, tenant: str = "", constraint: Constrained | None = None,
     ) -> "Stream":  # fmt: skip
-        """Ask, from a coroutine. Raises UserError for what cannot be served; `deadline_s` is seconds from now."""
+        """Ask, from a coroutine. Raises UserError for what cannot be served; `deadline_s` is seconds from now.
+
+        `constraint` is what `Grammars.compile` gave: the answer has that form, or ends with "length".
+        """
         if self.dead is not None:
             raise EngineDead(str(self.dead))
         self.warm_up()
@@ -149,13 +154,19 @@ class AsyncEngine:
         now, name = self._clock(), request_id or f"request-{next(self._numbers)}"
         if name in self._open:
             raise UserError(f"request id {name!r} is in use: leave it out, or give each request its own")
+        ends, matching = params.ends(self.end_ids), None
+        if constraint is not None:
+            matching = constraint.start(params, ends, self.config.vocab_size)
+            # The grammar sees to both: an end may be all that it has left.
+            params = dataclasses.replace(params, min_tokens=0, ignore_eos=False)
+            ends = params.ends(self.end_ids)
         request = Request(
             id=name, prompt=ids, max_tokens=params.max_tokens, arrived=now, priority=priority,
             deadline=None if deadline_s is None else now + deadline_s, tenant=tenant,
             # Rotation that depends on a prompt's length makes other keys of the same tokens.
             adapter=f"of {len(ids)}" if self._by_length else "",
-            use_cache=params.prompt_logprobs is None,
-            params=Asked(params, tuple(sorted(params.ends(self.end_ids)))),
+            use_cache=params.prompt_logprobs is None, stepwise=matching is not None,
+            params=Asked(params, tuple(sorted(ends)), matching),
         )  # fmt: skip
         answer = Answer(name, ids, params, self.tokenizer, self.end_ids)
         stream = self._open[name] = Stream(answer, asyncio.get_running_loop())
