@@ -1,6 +1,7 @@
 """A model that answers many at once, for async code; `blocking.Engine` is for any other."""
 
 import asyncio
+import dataclasses
 import itertools
 import threading
 import time
@@ -21,6 +22,7 @@ from maxstack.models.rope import BY_LENGTH
 from maxstack.models.transformer import Transformer, TransformerConfig
 from maxstack.serve import choices, rooms
 from maxstack.serve.adapters import Adapters
+from maxstack.serve.constrain.grammars import Compiled as Constrained
 from maxstack.serve.device import Asked, Device
 from maxstack.serve.embedding import Embedding, Pool, embed
 from maxstack.serve.errors import EngineDead
@@ -174,12 +176,14 @@ class AsyncEngine:
 
     def open(
         self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0,
-        deadline_s: float | None = None, tenant: str = "", adapter: str | None = None,
-        pooling: str | None = None,
+        deadline_s: float | None = None, tenant: str = "", constraint: Constrained | None = None,
+        adapter: str | None = None, pooling: str | None = None,
     ) -> Stream:  # fmt: skip
         """Ask, from a coroutine. Raises UserError for what cannot be served; `deadline_s` is seconds from now.
 
-        With max_tokens 0 the prompt is only read, for its log-probabilities or, with `pooling`, for its embedding.
+        `constraint` is what `Grammars.compile` gave: the answer has that form, or ends with "length". `adapter` is the
+        name of one that was loaded. With max_tokens 0 the prompt is only read, for its log-probabilities or, with
+        `pooling`, for its embedding.
         """
         if self.dead is not None:
             raise EngineDead(str(self.dead))
@@ -192,18 +196,24 @@ class AsyncEngine:
         now, name = self._clock(), request_id or f"request-{next(self._numbers)}"
         if name in self._open:
             raise UserError(f"request id {name!r} is in use: leave it out, or give each request its own")
+        ends, matching = params.ends(self.end_ids), None
+        if constraint is not None:
+            matching = constraint.start(params, ends, self.config.vocab_size)
+            # The grammar sees to both: an end may be all that it has left.
+            params = dataclasses.replace(params, min_tokens=0, ignore_eos=False)
+            ends = params.ends(self.end_ids)
         held = None if adapter is None else self.adapters.take(adapter)
         # Rotation that depends on a prompt's length makes other keys of the same tokens.
         salt = ("" if held is None else held.salt) + (f" of {len(ids)}" if self._by_length else "")
         asked = Asked(
-            params, tuple(sorted(params.ends(self.end_ids))), pooled=pooling is not None,
-            adapter=0 if held is None else held.number,
+            params, tuple(sorted(ends)), matching, pooling is not None, 0 if held is None else held.number
         )  # fmt: skip
         try:
             request = Request(
                 id=name, prompt=ids, max_tokens=params.max_tokens, arrived=now, priority=priority,
                 deadline=None if deadline_s is None else now + deadline_s, tenant=tenant, adapter=salt,
-                use_cache=params.prompt_logprobs is None and pooling != "mean", params=asked,
+                use_cache=params.prompt_logprobs is None and pooling != "mean", stepwise=matching is not None,
+                params=asked,
             )  # fmt: skip
         except ValueError:
             if held is not None:
