@@ -190,6 +190,15 @@ class Device:
         leaves, room = self.weights
         self.weights = leaves, self._programs["adapter"](room, np.int32(slot), fitted)
 
+    @property
+    def leaves(self) -> list[jax.Array]:
+        """The model's weights, without the room for adapters."""
+        return self.weights[0] if self._room is not None else self.weights
+
+    def put_weights(self, leaves: list[jax.Array]) -> None:
+        """Weights of the same shapes in the place of the old ones."""
+        self.weights = leaves if self._room is None else (leaves, self.weights[1])
+
     def launch(self, plan: Plan) -> Launched:
         """Start the device on a plan."""
         for start in plan.starts:
