@@ -10,7 +10,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,7 +22,7 @@ from maxstack.models.generation.checks import check_request
 from maxstack.models.generation.params import SamplingParams
 from maxstack.models.rope import BY_LENGTH
 from maxstack.models.transformer import Transformer, TransformerConfig
-from maxstack.serve.constrain.grammars import Compiled as Constrained
+from maxstack.serve.constrain.matching import Compiled as Constrained
 from maxstack.serve.device import Asked, Device
 from maxstack.serve.errors import EngineDead
 from maxstack.serve.forms import form_for
@@ -139,10 +139,12 @@ class AsyncEngine:
     def open(
         self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0,
         deadline_s: float | None = None, tenant: str = "", constraint: Constrained | None = None,
+        keep: Collection[str] = (),
     ) -> "Stream":  # fmt: skip
         """Ask, from a coroutine. Raises UserError for what cannot be served; `deadline_s` is seconds from now.
 
-        `constraint` is what `Grammars.compile` gave: the answer has that form, or ends with "length".
+        `constraint` is what `Grammars.compile` gave: the answer has that form, or ends with "length". `keep` are
+        special tokens whose texts are wanted in the answer's: marks of tool calls.
         """
         if self.dead is not None:
             raise EngineDead(str(self.dead))
@@ -168,7 +170,7 @@ class AsyncEngine:
             use_cache=params.prompt_logprobs is None, stepwise=matching is not None,
             params=Asked(params, tuple(sorted(ends)), matching),
         )  # fmt: skip
-        answer = Answer(name, ids, params, self.tokenizer, self.end_ids)
+        answer = Answer(name, ids, params, self.tokenizer, self.end_ids, keep)
         stream = self._open[name] = Stream(answer, asyncio.get_running_loop())
         self._loop.submit(request)
         if self.dead is not None:  # it has stopped meanwhile, and looks at nothing any more

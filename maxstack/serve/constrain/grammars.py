@@ -1,7 +1,6 @@
 """Constraints compiled into grammars, beside the event loop and the engine, within bounds."""
 
 import asyncio
-import dataclasses
 import hashlib
 import threading
 from collections import OrderedDict
@@ -10,40 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import llguidance
 
-from maxstack.config import UserError
 from maxstack.data.tokenizer import Tokenizer
 from maxstack.models.generation.params import SamplingParams
 from maxstack.serve.constrain.constraint import BadConstraint, Bounds, Constraint
-from maxstack.serve.constrain.matching import Matching
+from maxstack.serve.constrain.matching import Compiled
 from maxstack.serve.constrain.sources import checked_text, grammar_of
 from maxstack.serve.constrain.vocabulary import vocabulary
 
 THREADS = 2
 SAID = 500
 """Characters of llguidance's own words that go into an error."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Compiled:
-    """A grammar for one vocabulary, for any number of answers."""
-
-    constraint: Constraint
-    vocab_size: int
-    bounds: Bounds
-    matcher: llguidance.LLMatcher
-    """At the beginning; answers take copies."""
-
-    def start(self, params: SamplingParams, ends: Collection[int], vocab_size: int) -> Matching:
-        """For one answer that `ends` end. Raises UserError where it was compiled for another vocabulary."""
-        if vocab_size != self.vocab_size:
-            raise UserError(
-                f"the constraint was compiled for {self.vocab_size} tokens and the model has {vocab_size}: compile it "
-                "with the Grammars of this engine"
-            )
-        return Matching(
-            self.matcher.deep_copy(), vocab_size, self.bounds, ends=tuple(ends), held_off=params.min_tokens,
-            never_ends=params.ignore_eos,
-        )  # fmt: skip
 
 
 class Grammars:
