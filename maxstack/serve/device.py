@@ -5,7 +5,7 @@ tables and what rows were given are kept on the host too, as numpy; each launch 
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,15 +13,17 @@ import jax
 import numpy as np
 
 from maxstack.kernels.paged_attention import PageType
+from maxstack.models import adapters
 from maxstack.models.generation.params import SamplingParams, row_settings
 from maxstack.models.paged.forward import Chunk as Tokens
 from maxstack.models.paged.pools import init_pools
 from maxstack.models.transformer import TransformerConfig
-from maxstack.serve import programs
-from maxstack.serve.compiled import Compiled
+from maxstack.serve import programs, rooms
+from maxstack.serve.compiled import Compiled, shape_of
 from maxstack.serve.constrain.matching import Matching
+from maxstack.serve.embedding import Part, Pooled
 from maxstack.serve.plan import Chunk, Limits, Plan, Start
-from maxstack.serve.programs import ENDED, NOT_FINITE, TOKEN, Form, Prompts, Read, Steps, Told
+from maxstack.serve.programs import ENDED, NOT_FINITE, TOKEN, Form, Prompts, Read, Steps, Told, Weights
 from maxstack.serve.request import Result
 
 # Arrays on their way to the device: programs take them as its own, and their types say so.
@@ -29,6 +31,7 @@ arrays: Any = np
 MASKS = 8
 """Rows whose masks are written at once, so that one program does for all."""
 NEUTRAL = SamplingParams(temperature=0.0)
+NO_NUMBERS = "the logits of this request are no finite numbers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,10 @@ class Asked:
     """Token ids that end it."""
     matching: Matching | None = None
     """The form that its answer must have."""
+    pooled: bool = False
+    """Its prompt's hidden states are wanted."""
+    adapter: int = 0
+    """Its adapter's number, 0 for none."""
 
     @property
     def penalised(self) -> bool:
@@ -56,7 +63,7 @@ class Launched:
     """A plan that the device works on."""
 
     plan: Plan
-    chunks: tuple[Told, Read] | None = None
+    chunks: tuple[Told, Read, Pooled] | None = None
     steps: list[Told] = dataclasses.field(default_factory=list)
 
 
@@ -79,6 +86,8 @@ class Found:
     """By request, one a token, for those that asked."""
     prompts: dict[str, tuple[int, list[Logprobs]]] = dataclasses.field(default_factory=dict)
     """By request that asked: a position, and the log-probabilities of the tokens from there on."""
+    pooled: dict[str, Part] = dataclasses.field(default_factory=dict)
+    """By request that asked: what its chunk adds to the embedding."""
 
 
 class Device:
@@ -88,13 +97,15 @@ class Device:
     _state: Any
 
     def __init__(
-        self, config: TransformerConfig, form: Form, weights: list[jax.Array], limits: Limits, kv_dtype: PageType,
+        self, config: TransformerConfig, form: Form, weights: Weights, limits: Limits, kv_dtype: PageType,
         buckets: Sequence[int] | None = None,
     ):  # fmt: skip
         self.config, self.limits, self.weights = config, limits, weights
         self._form = form
         self._table = arrays.full((limits.rows + 1, limits.table_width), -1, np.int32)
         self._generated = arrays.zeros(limits.rows + 1, np.int32)
+        self._adapters = arrays.zeros(limits.rows + 1, np.int32) if isinstance(weights, tuple) else None
+        self._room = jax.tree.map(shape_of, weights[1]) if isinstance(weights, tuple) else None
         self._programs = Compiled()
         self.buckets = buckets_up_to(limits.rows) if buckets is None else tuple(sorted(buckets))
         settings = row_settings([NEUTRAL], config.vocab_size)
@@ -113,11 +124,16 @@ class Device:
         self._pools, self._state = self._programs["empty"]()
         self._table[:] = -1
 
-    def warm_up(self) -> None:
-        """Compile every program that `launch` may want."""
+    def warm_up(self, told: Callable[[int, int], None] | None = None) -> None:
+        """Compile every program that `launch` may want; `told` hears how many are done, and of how many."""
         table, held = self._programs, (self._pools, self._state)
         rows, words = self._nobody_bound()
         table.add("allow", programs.allow, self._state.allowed_rw, rows, words, donate=(0,))
+        if self._room is not None:
+            axis = int(self._form.stacked)
+            new = jax.tree.map(lambda leaf: np.zeros(np.delete(leaf.shape, axis), leaf.dtype), self._room)
+            put_in = partial(adapters.put, axis=axis)
+            table.add("adapter", put_in, self.weights[1], np.int32(0), new, donate=(0,))
         table.add("seat", programs.seat, self._state, np.int32(0), *self._nothing_seen(), donate=(0,))
         for bucket in self.buckets:
             example = self._steps(np.zeros(bucket, np.int32), np.zeros(bucket, np.int32), 0)
@@ -130,7 +146,7 @@ class Device:
                 held,
                 self._prompts((), shape),
             )
-        table.compile()
+        table.compile(told=told)
 
     def _add_pair(self, key: Any, read: Any, keep: Any, held: tuple, example: Any) -> None:
         """The programs of a step: one that reads and writes, or one for each."""
@@ -163,6 +179,17 @@ class Device:
         )
         return said
 
+    def fitted(self, adapter: adapters.Adapter) -> Any:
+        """An adapter for `put_adapter`. Any thread may ask."""
+        if self._room is None:
+            raise ValueError("the device has no room for adapters")
+        return rooms.filled(adapter, self._room, self.config, stacked=self._form.stacked)
+
+    def put_adapter(self, slot: int, fitted: Any) -> None:
+        """Put an adapter in a place, counted from 0."""
+        leaves, room = self.weights
+        self.weights = leaves, self._programs["adapter"](room, np.int32(slot), fitted)
+
     def launch(self, plan: Plan) -> Launched:
         """Start the device on a plan."""
         for start in plan.starts:
@@ -188,11 +215,18 @@ class Device:
         """What the plan gave; waits for it."""
         found, plan = Found(), launched.plan
         if launched.chunks is not None:
-            said, read = launched.chunks
+            said, read, pooled = launched.chunks
             self._take(found, [said], plan.chunks)
             for i, chunk in enumerate(plan.chunks):
-                if (most := chunk.request.params.sampling.prompt_logprobs) is not None:
-                    found.prompts[chunk.request.id] = chunk.start + 1, list(of_prompt(read, i, chunk, most))
+                asked: Asked = chunk.request.params
+                if (most := asked.sampling.prompt_logprobs) is not None:
+                    values = list(of_prompt(read, i, chunk, most))
+                    found.prompts[chunk.request.id] = chunk.start + 1, values
+                    check_finite(found, chunk.row, np.asarray([value.own for value in values]))
+                if asked.pooled:
+                    part = Part(chunk.start, np.asarray(pooled.sum_bd)[i], np.asarray(pooled.last_bd)[i])
+                    found.pooled[chunk.request.id] = part
+                    check_finite(found, chunk.row, part.sum_d)
         if launched.steps:
             self._take(found, launched.steps, plan.decodes)
         return found
@@ -221,6 +255,8 @@ class Device:
         """A row gets a request."""
         asked: Asked = start.request.params
         self._generated[start.row] = len(start.tokens)
+        if self._adapters is not None:
+            self._adapters[start.row] = asked.adapter
         if asked.penalised:
             prompt_v, counts_v = self._nothing_seen()
             prompt_v[list(start.request.prompt)] = True
@@ -256,13 +292,16 @@ class Device:
         return rows, counts
 
     def _steps(self, rows: Any, counts: Any, step: int) -> Steps:
-        return Steps(rows, self._table[rows], counts, arrays.int32(step))
+        return Steps(rows, self._table[rows], counts, arrays.int32(step), self._adapters_of(rows))
+
+    def _adapters_of(self, rows: Any) -> Any:
+        return None if self._adapters is None else self._adapters[rows]
 
     def _prompts(self, chunks: Sequence[Chunk], shape: tuple[int, int]) -> Prompts:
         """Chunks as arrays of a shape, filled up with nobody's."""
         b, t = shape
         rows = arrays.full(b, self.limits.rows, np.int32)
-        last, bound = arrays.zeros(b, bool), arrays.zeros(b, bool)
+        last, bound, pooled = (arrays.zeros(b, bool) for _ in range(3))
         lengths, counts, documents, left = (arrays.zeros(b, np.int32) for _ in range(4))
         tokens, following = arrays.zeros((b, t), np.int32), arrays.full((b, t), -1, np.int32)
         for i, chunk in enumerate(chunks):
@@ -272,6 +311,7 @@ class Device:
             documents[i], bound[i] = len(request.prompt), request.params.matching is not None
             last[i] = chunk.last and request.max_tokens > 0
             left[i] = request.max_tokens - self._generated[chunk.row]
+            pooled[i] = request.params.pooled
             if request.params.sampling.prompt_logprobs is not None:
                 after = request.prompt[chunk.start + 1 : chunk.end + 1]
                 following[i, : len(after)] = after
@@ -282,8 +322,14 @@ class Device:
             [one.ends for one in asked],
             documents.tolist(),
         )
-        chunk = Tokens(tokens, self._table[rows], lengths, counts, documents)
-        return Prompts(rows, chunk, last, left, settings, bound, following)
+        chunk = Tokens(tokens, self._table[rows], lengths, counts, documents, self._adapters_of(rows))
+        return Prompts(rows, chunk, last, left, settings, bound, following, pooled)
+
+
+def check_finite(found: Found, row: int, values: np.ndarray) -> None:
+    """A row whose prompt gave something else than finite numbers fails, whether or not it was to be continued."""
+    if not np.isfinite(values).all():
+        found.results[row] = Result(error=NO_NUMBERS)
 
 
 def _hurry(said: Told) -> None:
@@ -302,7 +348,7 @@ def result_of(tokens: list[int], status: list[int]) -> Result:
     taken = []
     for token, did in zip(tokens, status, strict=True):
         if did == NOT_FINITE:
-            return Result(tuple(taken), error="the logits of this request are no finite numbers")
+            return Result(tuple(taken), error=NO_NUMBERS)
         if did in (TOKEN, ENDED):
             taken.append(token)
         if did == ENDED:

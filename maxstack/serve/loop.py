@@ -6,11 +6,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from maxstack.serve.compiled import Compilations
 from maxstack.serve.constrain.matching import Matching
 from maxstack.serve.device import Device, Found, Launched, Logprobs
+from maxstack.serve.embedding import Part
 from maxstack.serve.errors import ConstraintFailed, EngineDead, NotFinite, RequestFailed, StepFailed
 from maxstack.serve.request import Event, Full, Refused, Request
 from maxstack.serve.scheduler import Scheduler
@@ -34,9 +36,13 @@ class News:
     logprobs: list[Logprobs] | None = None
     prompt: tuple[int, list[Logprobs]] | None = None
     """A position of the prompt, and log-probabilities of its tokens from there on."""
+    pooled: Part | None = None
+    """What a chunk of the prompt adds to its embedding."""
     finish: str | None = None
     error: Exception | None = None
     cached: int = 0
+    admitted: int | float | None = None
+    """When it was given a row, on the engine's clock; None before."""
 
 
 @dataclass
@@ -47,6 +53,10 @@ class Progress:
     """Plans that are done."""
     busy_since: float | None = None
     """When the device was last given work or gave results, while there is some under way; None when it rests."""
+    busy_s: float = 0.0
+    """Seconds that the device has had work, up to the last result."""
+    failed: int = 0
+    """Steps that failed since the last one that did not."""
 
     def stuck_for(self, now: float) -> float:
         """Seconds that the device has been busy without a result; 0 when it rests."""
@@ -74,6 +84,11 @@ class Loop:
         self._bound: dict[str, Matching] = {}
         self._stopped = threading.Event()
 
+    @property
+    def has_work(self) -> bool:
+        """Whether somebody waits for something; any thread may ask."""
+        return bool(self._known) or not self._inbox.empty()
+
     def submit(self, request: Request) -> None:
         """Queue a request; what becomes of it is delivered."""
         self._inbox.put(lambda: self._add(request))
@@ -81,6 +96,22 @@ class Loop:
     def cancel(self, request_id: str, reason: str) -> None:
         """End a request, for a reason that is delivered as its finish; nothing where it is over already."""
         self._inbox.put(lambda: self._cancel(request_id, reason))
+
+    def call(self, function: Callable[[], None]) -> "Future[None]":
+        """Have the engine's thread do something between two plans."""
+        future: Future[None] = Future()
+
+        def run() -> list[News]:
+            try:
+                future.set_result(function())
+            except STEP_ERRORS as error:
+                future.set_exception(error)
+            return []
+
+        self._inbox.put(run)
+        if self.dead is not None and not future.done():
+            future.set_exception(EngineDead(str(self.dead)))
+        return future
 
     def stop(self) -> None:
         """Have `run` return; requests that are not over fail."""
@@ -135,8 +166,11 @@ class Loop:
         now = self._clock()
         events = self.scheduler.done(launched.plan, found.results, now)
         events += self._follow(events, now)
-        self.progress.steps += 1
-        self.progress.busy_since = now if self._under_way else None
+        progress = self.progress
+        progress.steps += 1
+        progress.failed = 0
+        progress.busy_s += progress.stuck_for(now)
+        progress.busy_since = now if self._under_way else None
         self._tell(self._news(events, found))
 
     def _follow(self, events: list[Event], now: float) -> list[Event]:
@@ -163,10 +197,23 @@ class Loop:
             logprobs = found.logprobs.get(event.id)
             if logprobs is not None:
                 logprobs = logprobs[: len(event.tokens)]
-            prompt = found.prompts.pop(event.id, None)
-            told.append(News(event.id, event.tokens, logprobs, prompt, event.finish, error, event.cached))
+            prompt, pooled = found.prompts.pop(event.id, None), found.pooled.pop(event.id, None)
+            told.append(
+                News(
+                    event.id,
+                    event.tokens,
+                    logprobs,
+                    prompt,
+                    pooled,
+                    event.finish,
+                    error,
+                    event.cached,
+                    event.admitted,
+                )
+            )
         # Of prompts that were read in part, with no token yet.
         told += [News(request_id, prompt=prompt) for request_id, prompt in found.prompts.items()]
+        told += [News(request_id, pooled=part) for request_id, part in found.pooled.items()]
         return told
 
     def _error(self, event: Event) -> RequestFailed:
@@ -179,6 +226,7 @@ class Loop:
         """After a failed step, which may have taken the cache along: all of it is made anew."""
         self._under_way.clear()
         self.progress.busy_since = None
+        self.progress.failed += 1
         self.device.reset()
         self._tell(self._news(self.scheduler.lost(self._clock(), error), Found()))
 

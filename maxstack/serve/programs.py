@@ -15,6 +15,7 @@ from maxstack.models.generation.params import MOST_LOGPROBS, RowSettings
 from maxstack.models.generation.sampling import Allowed, Chosen, Seen, choose
 from maxstack.models.paged.forward import Chunk
 from maxstack.models.paged.pools import Pools
+from maxstack.serve.embedding import Pooled, pool
 
 LOGPROB_BLOCK = 16
 """Prompt tokens whose logits are there at once."""
@@ -50,6 +51,8 @@ class Steps(NamedTuple):
     """Steps of this plan that the row takes part in."""
     step: Int[Array, ""]
     """Which of them this is."""
+    adapters_b: Int[Array, "b"] | None = None
+    """Each row's adapter, as in `Chunk`."""
 
 
 class Prompts(NamedTuple):
@@ -65,6 +68,8 @@ class Prompts(NamedTuple):
     bound_b: Bool[Array, "b"]
     following_bt: Int[Array, "b t"]
     """The token after each of the chunk's, for the prompt's log-probabilities; -1 where nobody asks."""
+    pooled_b: Bool[Array, "b"]
+    """Whose hidden states are wanted, for an embedding."""
 
 
 class Told(NamedTuple):
@@ -85,14 +90,22 @@ class Read(NamedTuple):
     top_logprobs_btm: Float[Array, "b t m"]
 
 
+Weights = Any
+"""A list of arrays; where there is room for adapters, a pair of it and the room."""
+
+
 class Form(NamedTuple):
     """How a model runs on a platform."""
 
-    advance: Callable[[list[Array], Pools, Chunk], tuple[Array, Any]]
+    advance: Callable[[Weights, Pools, Chunk], tuple[Array, Any]]
     """(weights, pools, chunk) -> residual stream, and what `keep` takes: or, without one, the pools."""
-    logits: Callable[[list[Array], Array], Array]
+    logits: Callable[[Weights, Array], Array]
     """(weights, residual stream) -> float32 logits."""
+    hidden: Callable[[Weights, Array], Array]
+    """(weights, residual stream) -> what the output projection reads."""
     keep: Callable[[Pools, Any, Chunk], Pools] | None
+    stacked: bool = True
+    """Weights of layers, and the room for adapters beside them, have an axis for repeats in front."""
 
 
 def empty_rows(rows: int, vocab_size: int, settings: RowSettings) -> RowState:
@@ -114,7 +127,9 @@ def chunk_of(state: RowState, steps: Steps) -> Chunk:
     lengths_b = state.lengths_r[steps.rows_b]
     active_b = (state.left_r[steps.rows_b] > 0) & (steps.step < steps.counts_b)
     tokens_b1 = state.next_r[steps.rows_b][:, None]
-    return Chunk(tokens_b1, steps.table_bp, lengths_b, active_b.astype(jnp.int32), lengths_b + 1)
+    return Chunk(
+        tokens_b1, steps.table_bp, lengths_b, active_b.astype(jnp.int32), lengths_b + 1, steps.adapters_b
+    )
 
 
 def decode_read(form: Form, weights, pools: Pools, state: RowState, steps: Steps) -> tuple[Told, Any]:
@@ -149,8 +164,9 @@ def decode_keep(
 
 def prompts_read(
     form: Form, weights, pools: Pools, state: RowState, prompts: Prompts
-) -> tuple[tuple[Told, Read], Any]:
-    """A token of each row whose prompt ends here, the log-probabilities that were asked for, what is to be written."""
+) -> tuple[tuple[Told, Read, Pooled], Any]:
+    """A token of each row whose prompt ends here, the log-probabilities and hidden states that were asked for, what is
+    to be written."""
     chunk = prompts.chunk
     x_btd, written = form.advance(weights, pools, chunk)
     at_b = jnp.maximum(chunk.counts_b - 1, 0)
@@ -160,11 +176,12 @@ def prompts_read(
     allowed = Allowed(prompts.bound_b, state.allowed_rw)
     chosen = choose(logits_bv, prompts.settings, state.seen, positions_b, prompts.rows_b, allowed)
     said = told(logits_bv, chosen, prompts.last_b, jnp.asarray(prompts.settings.ends))
-    return (said, prompt_logprobs(form, weights, x_btd, prompts.following_bt)), written
+    read = prompt_logprobs(form, weights, x_btd, prompts.following_bt)
+    return (said, read, pool(form, weights, x_btd, chunk.counts_b, prompts.pooled_b)), written
 
 
 def prompts_keep(
-    form: Form, pools: Pools, state: RowState, prompts: Prompts, said: tuple[Told, Read], written: Any
+    form: Form, pools: Pools, state: RowState, prompts: Prompts, said: tuple[Told, Read, Pooled], written: Any
 ) -> tuple[Pools, RowState]:
     """The rows with these chunks in the cache, and their settings."""
     rows, chunk, first = prompts.rows_b, prompts.chunk, said[0]
