@@ -7,7 +7,7 @@ its name is known, and its arguments have begun. Until then it may turn out to b
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from maxstack.chat.parsing.json_value import BLANK, Came, JsonValue
 
@@ -30,6 +30,7 @@ NOTHING = Said()
 BAD = Said(bad=True)
 
 
+@runtime_checkable
 class Body(Protocol):
     """The inside of a call."""
 

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Collection, Sequence
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from maxstack.models.generation.params import SamplingParams
 from maxstack.serve.constrain.constraint import Bounds, Constraint
 
 
+@runtime_checkable
 class Matcher(Protocol):
     """The part of `llguidance.LLMatcher` that is needed. It raises nothing: after a fault it stays in error."""
 
