@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING
 
 from maxstack.serve.constrain.constraint import BadConstraint, Bounds, Constraint
 from maxstack.serve.constrain.matching import Compiled, Matching
+from maxstack.serve.constrain.tools import ToolCalls
 
 if TYPE_CHECKING:
     from maxstack.serve.constrain.grammars import Grammars as Grammars
 
-__all__ = ["BadConstraint", "Bounds", "Compiled", "Constraint", "Grammars", "Matching"]
+__all__ = ["BadConstraint", "Bounds", "Compiled", "Constraint", "Grammars", "Matching", "ToolCalls"]
 
 
 def __getattr__(name: str):

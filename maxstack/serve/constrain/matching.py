@@ -87,6 +87,12 @@ class Matching:
         self._taken, self._spent = 0, 0.0
         self._look()
 
+    def allowed(self) -> list[int]:
+        """The tokens that may come next."""
+        return np.nonzero(np.unpackbits(self.words_w.astype("<u4").view(np.uint8), bitorder="little"))[
+            0
+        ].tolist()
+
     def take(self, tokens: Sequence[int]) -> None:
         """The answer has gone on by these tokens."""
         begun = time.perf_counter()
