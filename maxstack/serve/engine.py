@@ -5,7 +5,9 @@ import itertools
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+import jax
 
 from maxstack.config import UserError
 from maxstack.data.tokenizer import Tokenizer
@@ -84,7 +86,7 @@ class AsyncEngine:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights on the device."""
-        return sum(leaf.nbytes for leaf in self._loop.device.weights)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._loop.device.weights))
 
     @property
     def has_work(self) -> bool:
@@ -247,6 +249,7 @@ class AsyncEngine:
                     self._loop.cancel(each.id, "stop")
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Hears of every request, in the event loop of whoever asks."""
 
