@@ -69,7 +69,7 @@ async def serve(
         )
         stop.set()
 
-    config = server_config(door, serving.settings, timeout_graceful_shutdown=LAST_WORDS_S)  # type: ignore[arg-type]
+    config = server_config(door, serving.settings, timeout_graceful_shutdown=LAST_WORDS_S)
     server, engine = Server(config), None
     with handled(asked):
         answering = asyncio.create_task(server.serve([listening]))

@@ -54,7 +54,6 @@ def test_other_machines_are_answered_with_a_key_or_on_purpose():
 
 def test_an_address_that_cannot_be_had_is_the_request_s_fault():
     with listening("127.0.0.1", 0) as sock:
-        sock.listen()
         port = sock.getsockname()[1]
         assert url_of(sock) == f"http://127.0.0.1:{port}"
         with pytest.raises(UserError, match=f"--port {port}"):
