@@ -13,6 +13,7 @@ from typing import Any, Self
 from maxstack.data.tokenizer import Tokenizer
 from maxstack.models.generation.params import SamplingParams
 from maxstack.models.transformer import Transformer
+from maxstack.serve.adapters import Adapters
 from maxstack.serve.embedding import Embedding
 from maxstack.serve.engine import AsyncEngine, Params, Prompt
 from maxstack.serve.output import Delta, Output
@@ -27,6 +28,11 @@ class Engine:
         self._events = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._events.run_forever, name="maxstack-answers", daemon=True)
         self._thread.start()
+
+    @property
+    def adapters(self) -> Adapters:
+        """Loads and unloads adapters by name."""
+        return self.asynchronous.adapters
 
     def warm_up(self) -> None:
         """Compile everything, and begin to work."""

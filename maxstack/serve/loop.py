@@ -6,12 +6,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from maxstack.serve.compiled import Compilations
+from maxstack.serve.constrain.matching import Matching
 from maxstack.serve.device import Device, Found, Launched, Logprobs
 from maxstack.serve.embedding import Part
-from maxstack.serve.errors import EngineDead, NotFinite, RequestFailed, StepFailed
+from maxstack.serve.errors import ConstraintFailed, EngineDead, NotFinite, RequestFailed, StepFailed
 from maxstack.serve.request import Event, Full, Refused, Request
 from maxstack.serve.scheduler import Scheduler
 
@@ -79,6 +81,7 @@ class Loop:
         self._inbox: queue.SimpleQueue[Callable[[], list[News]] | None] = queue.SimpleQueue()
         self._under_way: deque[Launched] = deque()
         self._known: set[str] = set()
+        self._bound: dict[str, Matching] = {}
         self._stopped = threading.Event()
 
     @property
@@ -93,6 +96,22 @@ class Loop:
     def cancel(self, request_id: str, reason: str) -> None:
         """End a request, for a reason that is delivered as its finish; nothing where it is over already."""
         self._inbox.put(lambda: self._cancel(request_id, reason))
+
+    def call(self, function: Callable[[], None]) -> "Future[None]":
+        """Have the engine's thread do something between two plans."""
+        future: Future[None] = Future()
+
+        def run() -> list[News]:
+            try:
+                future.set_result(function())
+            except STEP_ERRORS as error:
+                future.set_exception(error)
+            return []
+
+        self._inbox.put(run)
+        if self.dead is not None and not future.done():
+            future.set_exception(EngineDead(str(self.dead)))
+        return future
 
     def stop(self) -> None:
         """Have `run` return; requests that are not over fail."""
@@ -146,6 +165,7 @@ class Loop:
         self._under_way.popleft()
         now = self._clock()
         events = self.scheduler.done(launched.plan, found.results, now)
+        events += self._follow(events, now)
         progress = self.progress
         progress.steps += 1
         progress.failed = 0
@@ -153,10 +173,27 @@ class Loop:
         progress.busy_since = now if self._under_way else None
         self._tell(self._news(events, found))
 
+    def _follow(self, events: list[Event], now: float) -> list[Event]:
+        """Bound answers go on in their grammars, while the device works; what that ends is told.
+
+        A grammar knows the tokens that callers were told of and no others, so that nothing is to be undone when rows
+        are preempted or steps fail.
+        """
+        for event in events:
+            matching = self._bound.get(event.id)
+            if matching is None or event.finish is not None:
+                continue
+            matching.take(event.tokens)
+            if matching.fault is not None:
+                self.scheduler.cancel(event.id, "error", now)
+            elif matching.over:
+                self.scheduler.cancel(event.id, "stop", now)
+        return self.scheduler.events()
+
     def _news(self, events: list[Event], found: Found) -> list[News]:
         told = []
         for event in events:
-            error = None if event.error is None and event.finish != "error" else failure(event.error)
+            error = self._error(event) if event.finish == "error" else None
             logprobs = found.logprobs.get(event.id)
             if logprobs is not None:
                 logprobs = logprobs[: len(event.tokens)]
@@ -178,6 +215,12 @@ class Loop:
         told += [News(request_id, prompt=prompt) for request_id, prompt in found.prompts.items()]
         told += [News(request_id, pooled=part) for request_id, part in found.pooled.items()]
         return told
+
+    def _error(self, event: Event) -> RequestFailed:
+        matching = self._bound.get(event.id)
+        if event.error is None and matching is not None and matching.fault is not None:
+            return ConstraintFailed(matching.fault)
+        return failure(event.error)
 
     def _recover(self, error: str) -> None:
         """After a failed step, which may have taken the cache along: all of it is made anew."""
@@ -211,6 +254,8 @@ class Loop:
         except (Full, Refused) as error:
             return [News(request.id, finish="error", error=error)]
         self._known.add(request.id)
+        if request.params.matching is not None:
+            self._bound[request.id] = request.params.matching
         return []
 
     def _cancel(self, request_id: str, reason: str) -> list[News]:
@@ -219,7 +264,10 @@ class Loop:
 
     def _tell(self, news: list[News]) -> None:
         if news:
-            self._known -= {each.id for each in news if each.finish is not None}
+            over = {each.id for each in news if each.finish is not None}
+            self._known -= over
+            for request_id in over & self._bound.keys():
+                del self._bound[request_id]
             self._deliver(news)
 
     def _answer_all(self, error: BaseException) -> None:

@@ -194,8 +194,8 @@ class Scheduler:
     def _stretch(self, batch: Batch) -> int:
         """More decode steps, if pages for all of them are there for the taking."""
         steps = self.limits.steps
-        if len(steps) == 1:
-            return 1
+        if len(steps) == 1 or any(sequence.request.stepwise for sequence in self._running):
+            return 1  # one that goes step by step sits out every other plan at best: those are short
         longest = max(
             -(-self._gain(sequence, steps[-1]) // (1 + self.limits.drafts)) for sequence in batch.decodes
         )

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from maxstack.serve.adapters import Held
 from maxstack.serve.loop import News
 from maxstack.serve.output import Answer, Delta, Output
 
@@ -13,9 +14,10 @@ class Stream:
     """One request's answer, as its event loop sees it."""
 
     def __init__(
-        self, answer: Answer, loop: asyncio.AbstractEventLoop, clock: Callable[[], float] = time.monotonic
-    ):
-        self.answer, self.loop = answer, loop
+        self, answer: Answer, loop: asyncio.AbstractEventLoop, clock: Callable[[], float] = time.monotonic,
+        adapter: Held | None = None,
+    ):  # fmt: skip
+        self.answer, self.loop, self.adapter = answer, loop, adapter
         self._clock, self.asked = clock, clock()
         self.admitted: float | None = None
         self.first: float | None = None

@@ -159,7 +159,7 @@ def test_a_cancelled_request_frees_its_pages_in_the_same_step():
     assert server.scheduler.cancel("a")
     assert server.scheduler.pages.available == 64
     assert not server.scheduler.cancel("a")
-    assert server.scheduler.events() == [Event("a", finish="cancelled")]
+    assert server.scheduler.events() == [Event("a", finish="cancelled", admitted=0.0)]
     assert server.scheduler.idle
 
 
