@@ -1,7 +1,6 @@
 """What the routes share: the engine under its names, and how a request becomes streams."""
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from maxstack.chat.ends import Ends, ends_of
 from maxstack.config import UserError
 from maxstack.data.chat import ChatRenderer, renderer_for
 from maxstack.models.generation.params import SamplingParams
-from maxstack.serve.engine import AsyncEngine, Stream
+from maxstack.serve.engine import AsyncEngine
 from maxstack.serve.http.errors import ApiError, ClientGone, refused
 from maxstack.serve.http.operation import Operation, Seen
 from maxstack.serve.http.schemas.sampling import Sampling
@@ -21,6 +20,7 @@ from maxstack.serve.http.settings import Settings
 from maxstack.serve.http.spelling import Spelling
 from maxstack.serve.http.sse import EventStream, gone
 from maxstack.serve.output import Delta, Output
+from maxstack.serve.stream import Stream
 
 HOLD_S = 5.0
 """Seconds for which a stream's first byte waits for its first token: until then an error still has a status."""
@@ -101,7 +101,7 @@ class Front:
 
     def open(
         self, ids: Sequence[int], params: SamplingParams, asked: Sampling, answer_id: str, seen: Seen, *,
-        tries: int = 1, first: int = 0, constraint: Any = None, adapter: str | None = None,
+        tries: int = 1, constraint: Any = None, adapter: str | None = None,
     ) -> list[Stream]:  # fmt: skip
         """Ask the engine for answers to a prompt, each with a seed of its own."""
         limits = [s for s in (asked.timeout_s, self.settings.deadline_s) if s is not None]
@@ -109,14 +109,9 @@ class Front:
             "priority": asked.priority or 0,
             "deadline_s": min(limits) if limits else None,
         }
-        # Not where there is none: an engine without these takes everything else.
         options |= {} if constraint is None else {"constraint": constraint}
         options |= {} if adapter is None else {"adapter": adapter}
-        streams: list[Stream] = []
-        with closing(self.engine, streams, on_error=True):
-            for i in range(tries):
-                own = dataclasses.replace(params, seed=(params.seed + i * 0x9E3779B1) % 2**32)
-                streams.append(self.engine.open(ids, own, request_id=f"{answer_id}-{first + i}", **options))
+        streams = self.engine.open_choices(ids, params, tries, request_id=answer_id, **options)
         seen.opened = seen.opened or time.monotonic()
         seen.max_tokens += params.max_tokens * tries
         seen.choices += tries
@@ -215,10 +210,7 @@ async def wholes(streams: Sequence[Stream]) -> list[Output]:
 def best(outputs: Sequence[Output], n: int) -> list[Output]:
     """The n likeliest answers, by the sum of their tokens' log-probabilities."""
 
-    def likelihood(output: Output) -> float:
-        return sum(each.logprob for each in output.logprobs or ())
-
-    return sorted(outputs, key=likelihood, reverse=True)[:n]
+    return sorted(outputs, key=lambda output: -(output.cumulative_logprob or 0.0))[:n]
 
 
 def finish_of(reason: str | None, seen: Seen) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from maxstack.models.generation.params import MOST_LOGPROBS
-from maxstack.serve.http.schemas.base import Schema, Text, TokenId
+from maxstack.serve.http.schemas.base import Text, TokenId
 from maxstack.serve.http.schemas.chat import ResponseFormat
 from maxstack.serve.http.schemas.sampling import Sampling
 
@@ -25,6 +25,8 @@ class CompletionRequest(Sampling):
 
     prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    """The same of the prompt's tokens, in vLLM's form."""
     echo: bool | None = None
     suffix: Text | None = None
     response_format: ResponseFormat | None = None
@@ -40,6 +42,3 @@ class CompletionRequest(Sampling):
         if isinstance(prompt[0], int):
             return [list(prompt)]  # pyrefly: ignore
         return list(prompt)  # pyrefly: ignore
-
-
-__all__ = ["CompletionRequest", "Ids", "Prompt", "Schema"]
