@@ -58,6 +58,14 @@ def _model(group: Any) -> None:
     add("--name", metavar="NAME", help="the name that clients ask for (default: the last part of M)")
     add("--adapters", nargs="+", default=[], metavar="NAME=FOLDER", type=adapter_of,
         help="LoRA adapters (PEFT folders); clients choose one as their model")  # fmt: skip
+    add("--adapter-slots", type=positive, metavar="N",
+        help="room for so many adapters at once (default: as many as --adapters has; none without any)")  # fmt: skip
+    add(
+        "--adapter-rank",
+        type=positive,
+        metavar="R",
+        help="the highest rank there is room for (default: theirs)",
+    )
     add(
         "--weights",
         choices=KINDS,
@@ -129,7 +137,7 @@ def main(argv: Sequence[str]) -> int:
     begin = Start(
         model=args.model, name=args.name, adapters=tuple(args.adapters), weights=args.weights, dtype=args.dtype,
         step=args.step, averaged=args.averaged, kv=args.kv, max_length=args.max_length, rows=args.rows,
-        pages=args.pages, waiting=args.waiting,
+        pages=args.pages, waiting=args.waiting, adapter_slots=args.adapter_slots, adapter_rank=args.adapter_rank,
     )  # fmt: skip
     phases = Phases(log.info)
     if args.compile_only:

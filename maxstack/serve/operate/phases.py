@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LOAD, WEIGHTS, COMPILE, READY = "load", "weights", "compile", "ready"
+LOAD, WEIGHTS, COMPILE, ADAPTERS, READY = "load", "weights", "compile", "adapters", "ready"
 
 
 class Phases:

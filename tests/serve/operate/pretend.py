@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -60,10 +61,17 @@ class PretendDevice(Device):
 
 def pretend_engine(**options) -> AsyncEngine:
     """Made in milliseconds; nothing is compiled."""
+    with pretended():
+        return AsyncEngine(model(), byte_tokenizer(), limits=LIMITS, buckets=(1, 4), **options)
+
+
+@contextlib.contextmanager
+def pretended() -> Iterator[None]:
+    """Inside, engines get a pretended device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "Device", PretendDevice)
         patch.setattr(module, "form_for", lambda *rest: (None, []))
-        return AsyncEngine(model(), byte_tokenizer(), limits=LIMITS, buckets=(1, 4), **options)
+        yield
 
 
 def model():
@@ -80,7 +88,7 @@ def engine(**options) -> Iterator[tuple[AsyncEngine, PretendDevice]]:
     """An engine at work, and its device."""
     made = pretend_engine(**options)
     made.warm_up()
-    device = made._loop.device
+    device: Any = made._loop.device
     try:
         yield made, device
     finally:

@@ -31,7 +31,10 @@ def families(metrics: Metrics) -> dict[str, dict[tuple, float]]:
     for family in text_string_to_metric_families(text.decode()):
         name = family.name.removeprefix("maxstack:")
         found[name] = {
-            (sample.name.removeprefix("maxstack:"), *(v for k, v in sorted(sample.labels.items()) if k != "model_name")): sample.value
+            (
+                sample.name.removeprefix("maxstack:"),
+                *(v for k, v in sorted(sample.labels.items()) if k != "model_name"),
+            ): sample.value
             for sample in family.samples
         }
     return found
@@ -59,9 +62,16 @@ def test_numbers_are_those_of_the_requests():
         assert found["generation_tokens"][("generation_tokens_total",)] == 10
         assert found["request_success"][("request_success_total", "length")] == 2
         ttft = found["time_to_first_token_seconds"]
-        assert ttft[("time_to_first_token_seconds_count",)] == ttft[("time_to_first_token_seconds_bucket", "+Inf")] == 2
+        assert (
+            ttft[("time_to_first_token_seconds_count",)]
+            == ttft[("time_to_first_token_seconds_bucket", "+Inf")]
+            == 2
+        )
         sizes = found["request_prompt_tokens"]
-        assert (sizes[("request_prompt_tokens_bucket", "2.0")], sizes[("request_prompt_tokens_bucket", "5.0")]) == (0, 1)
+        assert (
+            sizes[("request_prompt_tokens_bucket", "2.0")],
+            sizes[("request_prompt_tokens_bucket", "5.0")],
+        ) == (0, 1)
         assert sizes[("request_prompt_tokens_sum",)] == 9
         counters = made.scheduler.counters
         read = counters.weight_reads * 1000 + counters.kv_tokens_read * 10
