@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from starlette.requests import Request
 
@@ -18,12 +18,20 @@ from maxstack.serve.http.operation import Operation, Seen
 from maxstack.serve.http.schemas.sampling import Sampling
 from maxstack.serve.http.settings import Settings
 from maxstack.serve.http.spelling import Spelling
-from maxstack.serve.http.sse import EventStream, gone
+from maxstack.serve.http.sse import EventStream, error_event, gone
 from maxstack.serve.output import Delta, Output
 from maxstack.serve.stream import Stream
 
 HOLD_S = 5.0
 """Seconds for which a stream's first byte waits for its first token: until then an error still has a status."""
+
+
+@runtime_checkable
+class Urgency(Protocol):
+    """Of a request: the fields that say it."""
+
+    priority: int | None
+    timeout_s: float | None
 
 
 class Front:
@@ -99,18 +107,19 @@ class Front:
                     f"{what}: {number} is more than the {most} of one request", param, "budget_exceeded"
                 )
 
+    def options(self, asked: Urgency, adapter: str | None) -> dict[str, Any]:
+        """What the engine is told beside prompt and parameters."""
+        limits = [s for s in (asked.timeout_s, self.settings.deadline_s) if s is not None]
+        options: dict[str, Any] = {"priority": asked.priority or 0, "deadline_s": min(limits, default=None)}
+        return options | ({} if adapter is None else {"adapter": adapter})
+
     def open(
         self, ids: Sequence[int], params: SamplingParams, asked: Sampling, answer_id: str, seen: Seen, *,
         tries: int = 1, constraint: Any = None, adapter: str | None = None,
     ) -> list[Stream]:  # fmt: skip
         """Ask the engine for answers to a prompt, each with a seed of its own."""
-        limits = [s for s in (asked.timeout_s, self.settings.deadline_s) if s is not None]
-        options: dict[str, Any] = {
-            "priority": asked.priority or 0,
-            "deadline_s": min(limits) if limits else None,
-        }
+        options = self.options(asked, adapter)
         options |= {} if constraint is None else {"constraint": constraint}
-        options |= {} if adapter is None else {"adapter": adapter}
         streams = self.engine.open_choices(ids, params, tries, request_id=answer_id, **options)
         seen.opened = seen.opened or time.monotonic()
         seen.max_tokens += params.max_tokens * tries
@@ -155,8 +164,9 @@ async def while_connected[T](request: Request, work: Coroutine[Any, Any, T]) -> 
 
 
 async def event_stream(
-    request: Request, events: AsyncGenerator[bytes], seen: Seen, settings: Settings
-) -> EventStream:
+    request: Request, events: AsyncGenerator[bytes], seen: Seen, settings: Settings,
+    spelled: Callable[[ApiError], bytes] = error_event,
+) -> EventStream:  # fmt: skip
     """A response that streams, once its first event is there: what fails before has a status of its own."""
     first = asyncio.ensure_future(anext(events))
     leaving = asyncio.ensure_future(gone(request.receive))
@@ -168,7 +178,7 @@ async def event_stream(
         if first.done():
             first.result()
         kept = True
-        return EventStream(first, events, seen, settings.keep_alive_s)
+        return EventStream(first, events, seen, settings.keep_alive_s, spelled)
     finally:
         leaving.cancel()
         if not kept:

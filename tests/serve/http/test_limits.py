@@ -7,9 +7,10 @@ import threading
 
 import pytest
 
+from maxstack.serve.errors import EngineDead
 from maxstack.serve.request import Full
 from tests.serve.http import raw
-from tests.serve.http.serving import LETTERS, SETTINGS, served, settle, tiny_engine
+from tests.serve.http.serving import LETTERS, SETTINGS, served, settle
 
 SMALL = dataclasses.replace(SETTINGS, body_s=0.3, body_bytes=4096)
 GOOD = {"model": "tiny", "prompt": "a", "max_tokens": 1}
@@ -169,12 +170,12 @@ def test_no_page_elsewhere_may_ask_unless_told(engine, small):
         assert allowed == "https://page.example"
 
 
-def test_a_dead_engine_is_503():
-    engine = tiny_engine()
-    with served(engine) as url:
-        engine.close()
-        answer = raw.post(url, GOOD)
-        assert (answer.status, answer.error["code"]) == (503, "engine_dead")
+def test_a_dead_engine_is_503(small, engine, monkeypatch):
+    monkeypatch.setattr(type(engine), "dead", property(lambda self: EngineDead("the engine has stopped")))
+    answer = raw.post(small, GOOD)
+    assert (answer.status, answer.error["code"]) == (503, "engine_dead")
+    monkeypatch.undo()
+    works(small)
 
 
 def test_a_deadline_is_504_and_in_a_stream_an_error(small, engine):

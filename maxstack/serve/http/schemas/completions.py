@@ -1,6 +1,6 @@
 """The request of /v1/completions."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -36,9 +36,12 @@ class CompletionRequest(Sampling):
     @property
     def prompts(self) -> list[str | list[int]]:
         """One or several of them, as a list."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if isinstance(prompt[0], int):
-            return [list(prompt)]  # pyrefly: ignore
-        return list(prompt)  # pyrefly: ignore
+        return as_list(self.prompt)
+
+
+def as_list(prompt: Prompt) -> list[str | list[int]]:
+    """One prompt or several, as several."""
+    if isinstance(prompt, str):
+        return [prompt]
+    given: list[Any] = list(prompt)
+    return [given] if isinstance(given[0], int) else given
