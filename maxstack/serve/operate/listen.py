@@ -53,3 +53,8 @@ def url_of(sock: socket.socket) -> str:
     """Where to ask."""
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def address_of(host: str, port: int) -> str:
+    """A host and a port in one."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
