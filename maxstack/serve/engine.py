@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -299,6 +299,7 @@ class AsyncEngine:
                     self._loop.cancel(each.id, "stop")
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Hears of every request, in the event loop of whoever asks."""
 
