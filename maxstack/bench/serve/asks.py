@@ -112,9 +112,9 @@ def write_trace(file: Path, asks: Iterable[Ask]) -> None:
     lines = []
     for ask in asks:
         prompt = (
-            f"{ask.system} {ask.prompt}".strip() if isinstance(ask.prompt, str) else [*ask.system, *ask.prompt]
+            f"{ask.system} {ask.prompt}".strip()
+            if isinstance(ask.prompt, str)
+            else [*ask.system, *ask.prompt]
         )
-        lines.append(
-            json.dumps({"arrival": ask.at_s or 0.0, "prompt": prompt, "output_tokens": ask.tokens})
-        )
+        lines.append(json.dumps({"arrival": ask.at_s or 0.0, "prompt": prompt, "output_tokens": ask.tokens}))
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")

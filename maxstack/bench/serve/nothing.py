@@ -1,6 +1,6 @@
 """A server that does nothing but answer at stated times: what a client measures against it is the client.
 
-    python -m maxstack.bench.serve.nothing '{"first_s": 0.01, "gap_s": 0.005}'     prints its port
+python -m maxstack.bench.serve.nothing '{"first_s": 0.01, "gap_s": 0.005}'     prints its port
 """
 
 import asyncio
@@ -43,9 +43,7 @@ class Nothing:
         async with server:
             yield server.sockets[0].getsockname()[1]
 
-    async def _answer(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, numbers: Any
-    ) -> bool:
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, numbers: Any) -> bool:
         head = await reader.readuntil(b"\r\n\r\n")
         lines = head.lower().split(b"\r\n")
         length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), 0)

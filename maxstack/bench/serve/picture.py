@@ -47,7 +47,7 @@ def _flow(axis, good: Sequence[Answer]) -> None:
     if not good:
         return
     start = min(answer.due for answer in good)
-    width = max((max(answer.times) for answer in good)) - start
+    width = max(max(answer.times) for answer in good) - start
     width = max(width, 1e-6) / BINS
     bins = [0.0] * BINS
     for answer in good:
