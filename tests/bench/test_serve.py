@@ -108,10 +108,10 @@ def test_chat_and_reasoning_bring_text_and_roles_do_not():
 
 def test_a_server_that_keeps_its_times_is_measured_so():
     async def run():
-        async with Nothing(first_s=0.02, gap_s=0.004).listening() as port:
-            async with Clients(Server(url=f"http://127.0.0.1:{port}", model="m")) as clients:
-                closed = await clients.closed_loop([Ask(prompt="a b c", tokens=10)] * 6, at_once=3)
-                timed = await clients.timed([Ask(prompt="a", tokens=2, at_s=at) for at in (0.0, 0.01, 0.05)])
+        server = Nothing(first_s=0.02, gap_s=0.004)
+        async with server.listening() as port, clients_of(port) as clients:
+            closed = await clients.closed_loop([Ask(prompt="a b c", tokens=10)] * 6, at_once=3)
+            timed = await clients.timed([Ask(prompt="a", tokens=2, at_s=at) for at in (0.0, 0.01, 0.05)])
         return closed, timed
 
     closed, timed = asyncio.run(run())
