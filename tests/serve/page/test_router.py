@@ -68,5 +68,7 @@ def test_every_import_finds_its_file():
 
 
 def test_no_script_makes_markup_or_code_of_text():
-    forbidden = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|DOMParser")
+    forbidden = re.compile(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|DOMParser"
+    )
     assert {name: found for name, script in SCRIPTS.items() if (found := forbidden.findall(script))} == {}
