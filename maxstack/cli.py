@@ -42,6 +42,7 @@ VERBS = {
     ),
     "generate": Verb("maxstack.models.generate_command", "continue a prompt with a trained model"),
     "chat": Verb("maxstack.chat.command", "talk with a model in the terminal, or through a pipe"),
+    "serve": Verb("maxstack.serve.command", "serve a model to OpenAI's clients, over HTTP and gRPC"),
     "convert": Verb("maxstack.models.convert_command", "write a model for transformers or llama.cpp"),
     "inspect": Verb("maxstack.inspect_command", "show a run, checkpoint, model folder or data shard"),
     "data": Verb("maxstack.data.command", "fetch and prepare training data"),

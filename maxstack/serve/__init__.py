@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from maxstack.models.generation.params import SamplingParams as SamplingParams
+    from maxstack.serve.blocking import Engine as Engine
     from maxstack.serve.engine import AsyncEngine as AsyncEngine
-    from maxstack.serve.engine import Engine as Engine
     from maxstack.serve.output import Delta as Delta
     from maxstack.serve.output import Output as Output
     from maxstack.serve.plan import Limits as Limits
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 HOME = {
     "AsyncEngine": "maxstack.serve.engine",
     "Delta": "maxstack.serve.output",
-    "Engine": "maxstack.serve.engine",
+    "Engine": "maxstack.serve.blocking",
     "Limits": "maxstack.serve.plan",
     "Output": "maxstack.serve.output",
     "Request": "maxstack.serve.request",

@@ -1,5 +1,6 @@
 """The closed table of compiled programs, and a count of whatever is compiled besides."""
 
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -28,12 +29,17 @@ class Compiled:
         self._wanted[key] = (jitted, shapes)
         return jitted.eval_shape(*shapes)
 
-    def compile(self, threads: int | None = None) -> None:
-        """Compile what is wanted, several at once: tracing takes turns, the compiler does not."""
+    def compile(self, threads: int | None = None, told: Callable[[int, int], None] | None = None) -> None:
+        """Compile what is wanted, several at once: tracing takes turns, the compiler does not. `told` hears of each
+        one that is done, and how many there are."""
+        done = itertools.count(1)
 
         def one(each: tuple[Any, tuple[Any, tuple]]) -> tuple[Any, Any]:
             key, (function, shapes) = each
-            return key, function.lower(*shapes).compile()
+            compiled = function.lower(*shapes).compile()
+            if told is not None:
+                told(next(done), len(self._wanted))
+            return key, compiled
 
         with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
             self._compiled |= dict(pool.map(one, self._wanted.items()))

@@ -5,7 +5,7 @@ tables and what rows were given are kept on the host too, as numpy; each launch 
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from maxstack.models.paged.pools import init_pools
 from maxstack.models.transformer import TransformerConfig
 from maxstack.serve import programs
 from maxstack.serve.compiled import Compiled
+from maxstack.serve.embedding import Part, Pooled
 from maxstack.serve.plan import Chunk, Limits, Plan, Start
 from maxstack.serve.programs import ENDED, NOT_FINITE, TOKEN, Form, Prompts, Read, Steps, Told
 from maxstack.serve.request import Result
@@ -26,6 +27,7 @@ from maxstack.serve.request import Result
 # Arrays on their way to the device: programs take them as its own, and their types say so.
 arrays: Any = np
 NEUTRAL = SamplingParams(temperature=0.0)
+NO_NUMBERS = "the logits of this request are no finite numbers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Asked:
     sampling: SamplingParams
     ends: tuple[int, ...]
     """Token ids that end it."""
+    pooled: bool = False
+    """Its prompt's hidden states are wanted."""
 
     @property
     def penalised(self) -> bool:
@@ -51,7 +55,7 @@ class Launched:
     """A plan that the device works on."""
 
     plan: Plan
-    chunks: tuple[Told, Read] | None = None
+    chunks: tuple[Told, Read, Pooled] | None = None
     steps: list[Told] = dataclasses.field(default_factory=list)
 
 
@@ -74,6 +78,8 @@ class Found:
     """By request, one a token, for those that asked."""
     prompts: dict[str, tuple[int, list[Logprobs]]] = dataclasses.field(default_factory=dict)
     """By request that asked: a position, and the log-probabilities of the tokens from there on."""
+    pooled: dict[str, Part] = dataclasses.field(default_factory=dict)
+    """By request that asked: what its chunk adds to the embedding."""
 
 
 class Device:
@@ -105,8 +111,8 @@ class Device:
         self._pools, self._state = self._programs["empty"]()
         self._table[:] = -1
 
-    def warm_up(self) -> None:
-        """Compile every program that `launch` may want."""
+    def warm_up(self, told: Callable[[int, int], None] | None = None) -> None:
+        """Compile every program that `launch` may want; `told` hears how many are done, and of how many."""
         table, held = self._programs, (self._pools, self._state)
         table.add("seat", programs.seat, self._state, np.int32(0), *self._nothing_seen(), donate=(0,))
         for bucket in self.buckets:
@@ -120,7 +126,7 @@ class Device:
                 held,
                 self._prompts((), shape),
             )
-        table.compile()
+        table.compile(told=told)
 
     def _add_pair(self, key: Any, read: Any, keep: Any, held: tuple, example: Any) -> None:
         """The programs of a step: one that reads and writes, or one for each."""
@@ -177,11 +183,18 @@ class Device:
         """What the plan gave; waits for it."""
         found, plan = Found(), launched.plan
         if launched.chunks is not None:
-            said, read = launched.chunks
+            said, read, pooled = launched.chunks
             self._take(found, [said], plan.chunks)
             for i, chunk in enumerate(plan.chunks):
-                if (most := chunk.request.params.sampling.prompt_logprobs) is not None:
-                    found.prompts[chunk.request.id] = chunk.start + 1, list(of_prompt(read, i, chunk, most))
+                asked: Asked = chunk.request.params
+                if (most := asked.sampling.prompt_logprobs) is not None:
+                    values = list(of_prompt(read, i, chunk, most))
+                    found.prompts[chunk.request.id] = chunk.start + 1, values
+                    check_finite(found, chunk.row, np.asarray([value.own for value in values]))
+                if asked.pooled:
+                    part = Part(chunk.start, np.asarray(pooled.sum_bd)[i], np.asarray(pooled.last_bd)[i])
+                    found.pooled[chunk.request.id] = part
+                    check_finite(found, chunk.row, part.sum_d)
         if launched.steps:
             self._take(found, launched.steps, plan.decodes)
         return found
@@ -234,6 +247,7 @@ class Device:
         """Chunks as arrays of a shape, filled up with nobody's."""
         b, t = shape
         rows, last = arrays.full(b, self.limits.rows, np.int32), arrays.zeros(b, bool)
+        pooled = arrays.zeros(b, bool)
         lengths, counts, documents, left = (arrays.zeros(b, np.int32) for _ in range(4))
         tokens, following = arrays.zeros((b, t), np.int32), arrays.full((b, t), -1, np.int32)
         for i, chunk in enumerate(chunks):
@@ -243,6 +257,7 @@ class Device:
             documents[i] = len(request.prompt)
             last[i] = chunk.last and request.max_tokens > 0
             left[i] = request.max_tokens - self._generated[chunk.row]
+            pooled[i] = request.params.pooled
             if request.params.sampling.prompt_logprobs is not None:
                 after = request.prompt[chunk.start + 1 : chunk.end + 1]
                 following[i, : len(after)] = after
@@ -254,7 +269,13 @@ class Device:
             documents.tolist(),
         )
         chunk = Tokens(tokens, self._table[rows], lengths, counts, documents)
-        return Prompts(rows, chunk, last, left, settings, following)
+        return Prompts(rows, chunk, last, left, settings, following, pooled)
+
+
+def check_finite(found: Found, row: int, values: np.ndarray) -> None:
+    """A row whose prompt gave something else than finite numbers fails, whether or not it was to be continued."""
+    if not np.isfinite(values).all():
+        found.results[row] = Result(error=NO_NUMBERS)
 
 
 def _hurry(said: Told) -> None:
@@ -273,7 +294,7 @@ def result_of(tokens: list[int], status: list[int]) -> Result:
     taken = []
     for token, did in zip(tokens, status, strict=True):
         if did == NOT_FINITE:
-            return Result(tuple(taken), error="the logits of this request are no finite numbers")
+            return Result(tuple(taken), error=NO_NUMBERS)
         if did in (TOKEN, ENDED):
             taken.append(token)
         if did == ENDED:

@@ -1,17 +1,13 @@
-"""A model that answers many at once: for async code, and for any other.
-
-engine = Engine(model, tokenizer)
-[output] = engine.generate(["The capital of France is"], SamplingParams(max_tokens=8, temperature=0.0))
-"""
+"""A model that answers many at once, for async code; `blocking.Engine` is for any other."""
 
 import asyncio
 import itertools
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
 
 from maxstack.config import UserError
 from maxstack.data.tokenizer import Tokenizer
@@ -21,7 +17,9 @@ from maxstack.models.generation.checks import check_request
 from maxstack.models.generation.params import SamplingParams
 from maxstack.models.rope import BY_LENGTH
 from maxstack.models.transformer import Transformer, TransformerConfig
+from maxstack.serve import choices
 from maxstack.serve.device import Asked, Device
+from maxstack.serve.embedding import Embedding, Pool, embed
 from maxstack.serve.errors import EngineDead
 from maxstack.serve.forms import form_for
 from maxstack.serve.loop import Loop, News, Progress
@@ -30,6 +28,7 @@ from maxstack.serve.plan import Limits
 from maxstack.serve.request import Request
 from maxstack.serve.scheduler import Scheduler
 from maxstack.serve.sizes import default_limits
+from maxstack.serve.stream import Stream
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams]
@@ -70,17 +69,29 @@ class AsyncEngine:
         default = () if tokenizer is None else tokenizer.stop_ids
         self.end_ids = frozenset(default if end_ids is None else end_ids)
         self._by_length = scales_by_length(model.config)
+        self.observer: Observer | None = None
 
-    def warm_up(self) -> None:
-        """Compile everything, and begin to work. `stream` and the like do it first where nobody has."""
+    def warm_up(self, told: Callable[[int, int], None] | None = None) -> None:
+        """Compile everything, and begin to work. `stream` and the like do it first where nobody has. `told` hears
+        how many programs are compiled, and of how many."""
         if not self._thread.ident:
-            self._loop.device.warm_up()
+            self._loop.device.warm_up(told)
             self._thread.start()
 
     @property
     def progress(self) -> Progress:
         """What a watchdog looks at."""
         return self._loop.progress
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights on the device."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._loop.device.weights))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether some request is not over yet."""
+        return self._loop.has_work
 
     @property
     def dead(self) -> BaseException | None:
@@ -134,18 +145,42 @@ class AsyncEngine:
             for stream in streams:
                 self.abort(stream.id)
 
+    def open_choices(
+        self, prompt: Prompt, params: SamplingParams, n: int = 1, **options: Any
+    ) -> list[Stream]:
+        """`n` answers to one prompt, which is read once; `options` as in `open`. See `choices.open_choices`."""
+        return choices.open_choices(self, prompt, params, n, **options)
+
+    async def best_of(
+        self, prompt: Prompt, params: SamplingParams, n: int, best_of: int, **options: Any
+    ) -> list[Output]:
+        """The `n` likeliest of `best_of` answers, the likeliest first."""
+        return await choices.choose(self, prompt, params, n, best_of, **options)
+
+    async def score(self, prompt: Prompt, most: int = 0, **options: Any) -> Output:
+        """The prompt's log-probabilities (`prompt_logprobs`); nothing is generated."""
+        return await choices.score(self, prompt, most, **options)
+
+    async def embed(self, prompt: Prompt, pooling: str = "mean", **options: Any) -> Embedding:
+        """The prompt as a vector."""
+        return await embed(self, prompt, pooling, **options)
+
     def open(
         self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0,
-        deadline_s: float | None = None, tenant: str = "",
-    ) -> "Stream":  # fmt: skip
-        """Ask, from a coroutine. Raises UserError for what cannot be served; `deadline_s` is seconds from now."""
+        deadline_s: float | None = None, tenant: str = "", pooling: str | None = None,
+    ) -> Stream:  # fmt: skip
+        """Ask, from a coroutine. Raises UserError for what cannot be served; `deadline_s` is seconds from now.
+
+        With max_tokens 0 the prompt is only read, for its log-probabilities or, with `pooling`, for its embedding.
+        """
         if self.dead is not None:
             raise EngineDead(str(self.dead))
         self.warm_up()
         ids = self.ids(prompt)
         check_request(
-            ids, params, self.config.vocab_size, self.limits.max_length, tokenizer=self.tokenizer is not None
-        )
+            ids, params, self.config.vocab_size, self.limits.max_length, tokenizer=self.tokenizer is not None,
+            least=0,
+        )  # fmt: skip
         now, name = self._clock(), request_id or f"request-{next(self._numbers)}"
         if name in self._open:
             raise UserError(f"request id {name!r} is in use: leave it out, or give each request its own")
@@ -154,15 +189,18 @@ class AsyncEngine:
             deadline=None if deadline_s is None else now + deadline_s, tenant=tenant,
             # Rotation that depends on a prompt's length makes other keys of the same tokens.
             adapter=f"of {len(ids)}" if self._by_length else "",
-            use_cache=params.prompt_logprobs is None,
-            params=Asked(params, tuple(sorted(params.ends(self.end_ids)))),
+            use_cache=params.prompt_logprobs is None and pooling != "mean",
+            params=Asked(params, tuple(sorted(params.ends(self.end_ids))), pooled=pooling is not None),
         )  # fmt: skip
-        answer = Answer(name, ids, params, self.tokenizer, self.end_ids)
-        stream = self._open[name] = Stream(answer, asyncio.get_running_loop())
+        pool = None if pooling is None else Pool(pooling)
+        answer = Answer(name, ids, params, self.tokenizer, self.end_ids, pool)
+        stream = self._open[name] = Stream(answer, asyncio.get_running_loop(), self._clock)
         self._loop.submit(request)
         if self.dead is not None:  # it has stopped meanwhile, and looks at nothing any more
             self._open.pop(name, None)
             raise EngineDead(str(self.dead))
+        if self.observer is not None:
+            self.observer.opened(stream)
         return stream
 
     def ids(self, prompt: Prompt) -> tuple[int, ...]:
@@ -211,120 +249,12 @@ class AsyncEngine:
                     self._loop.cancel(each.id, "stop")
 
 
-class Stream:
-    """One request's answer, as its event loop sees it."""
+@runtime_checkable
+class Observer(Protocol):
+    """Hears of every request, in the event loop of whoever asks."""
 
-    def __init__(self, answer: Answer, loop: asyncio.AbstractEventLoop):
-        self.answer, self.loop = answer, loop
-        self._new: deque[Delta] = deque()
-        self._waiting: asyncio.Future[None] | None = None
-        self._wants_all = False
-
-    @property
-    def id(self) -> str:
-        """The request's."""
-        return self.answer.output.id
-
-    def take(self, news: News) -> None:
-        """Take in news, in the event loop."""
-        delta = self.answer.take(news)
-        if not self._wants_all:
-            self._new.append(delta)
-        if (
-            self._waiting is not None
-            and not self._waiting.done()
-            and (self.answer.done or not self._wants_all)
-        ):
-            self._waiting.set_result(None)
-
-    async def next(self) -> Delta:
-        """What was added since the last call, all of it: a slow reader gets larger pieces. Raises the request's
-        error where it failed."""
-        await self._until(lambda: bool(self._new) or self.answer.done)
-        whole = Delta()
-        while self._new:
-            whole.add(self._new.popleft())
-        if self.answer.error is not None:
-            raise self.answer.error
-        return whole
-
-    async def whole(self) -> Output:
-        """The answer when it is done. Raises the request's error where it failed."""
-        self._wants_all = True
-        await self._until(lambda: self.answer.done)
-        if self.answer.error is not None:
-            raise self.answer.error
-        return self.answer.output
-
-    async def _until(self, so: Callable[[], bool]) -> None:
-        while not so():
-            self._waiting = self.loop.create_future()
-            try:
-                await self._waiting
-            finally:
-                self._waiting = None
-
-
-class Engine:
-    """`AsyncEngine` for code that is not async: the same, with an event loop of its own in a thread."""
-
-    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None, **options: Any):
-        """`options` are those of `AsyncEngine`."""
-        self.asynchronous = AsyncEngine(model, tokenizer, **options)
-        self._events = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._events.run_forever, name="maxstack-answers", daemon=True)
-        self._thread.start()
-
-    def warm_up(self) -> None:
-        """Compile everything, and begin to work."""
-        self.asynchronous.warm_up()
-
-    def generate(
-        self, prompts: Sequence[Prompt], params: Params | None = None, **options: Any
-    ) -> list[Output]:
-        """The whole answer to each prompt; `params` are for all or one a prompt."""
-        params = SamplingParams() if params is None else params
-        return self._wait(self.asynchronous.generate(prompts, params, **options))
-
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[Delta]:
-        """The answer piece by piece."""
-        pieces = self.asynchronous.stream(prompt, params or SamplingParams(), **options)
-        try:
-            while True:
-                try:
-                    yield self._wait(pieces.__anext__())
-                except StopAsyncIteration:
-                    return
-        finally:
-            self._wait(pieces.aclose())
-
-    def abort(self, request_id: str) -> None:
-        """End a request."""
-        self._events.call_soon_threadsafe(self.asynchronous.abort, request_id)
-
-    def close(self) -> None:
-        """Stop working, and let go of the threads."""
-        self.asynchronous.close()
-        if not self._events.is_closed():
-            self._events.call_soon_threadsafe(self._events.stop)
-            self._thread.join()
-            self._events.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _wait[T](self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._events)
-        try:
-            return future.result()
-        except KeyboardInterrupt:
-            future.cancel()
-            raise
+    def opened(self, stream: "Stream") -> None:
+        """It was asked for, in the context of the caller."""
 
 
 def scales_by_length(config: TransformerConfig) -> bool:

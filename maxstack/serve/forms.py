@@ -36,7 +36,10 @@ def scanned(treedef: Any) -> Form:
         model = jax.tree.unflatten(treedef, leaves)
         return model.logits(model.final_norm(x))
 
-    return Form(advance, logits, None)
+    def hidden(leaves, x):
+        return jax.tree.unflatten(treedef, leaves).final_norm(x)
+
+    return Form(advance, logits, hidden, None)
 
 
 def written_out(config: TransformerConfig, treedef: Any, *, in_place: bool) -> Form:
@@ -49,7 +52,10 @@ def written_out(config: TransformerConfig, treedef: Any, *, in_place: bool) -> F
         model = jax.tree.unflatten(treedef, leaves)
         return model.logits(model.outer.final_norm(x))
 
-    return Form(advance, logits, None if in_place else forward.keep)
+    def hidden(leaves, x):
+        return jax.tree.unflatten(treedef, leaves).outer.final_norm(x)
+
+    return Form(advance, logits, hidden, None if in_place else forward.keep)
 
 
 def writes_in_place(config: TransformerConfig) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from maxstack.serve.compiled import Compilations
 from maxstack.serve.device import Device, Found, Launched, Logprobs
+from maxstack.serve.embedding import Part
 from maxstack.serve.errors import EngineDead, NotFinite, RequestFailed, StepFailed
 from maxstack.serve.request import Event, Full, Refused, Request
 from maxstack.serve.scheduler import Scheduler
@@ -33,9 +34,13 @@ class News:
     logprobs: list[Logprobs] | None = None
     prompt: tuple[int, list[Logprobs]] | None = None
     """A position of the prompt, and log-probabilities of its tokens from there on."""
+    pooled: Part | None = None
+    """What a chunk of the prompt adds to its embedding."""
     finish: str | None = None
     error: Exception | None = None
     cached: int = 0
+    admitted: int | float | None = None
+    """When it was given a row, on the engine's clock; None before."""
 
 
 @dataclass
@@ -46,6 +51,10 @@ class Progress:
     """Plans that are done."""
     busy_since: float | None = None
     """When the device was last given work or gave results, while there is some under way; None when it rests."""
+    busy_s: float = 0.0
+    """Seconds that the device has had work, up to the last result."""
+    failed: int = 0
+    """Steps that failed since the last one that did not."""
 
     def stuck_for(self, now: float) -> float:
         """Seconds that the device has been busy without a result; 0 when it rests."""
@@ -71,6 +80,11 @@ class Loop:
         self._under_way: deque[Launched] = deque()
         self._known: set[str] = set()
         self._stopped = threading.Event()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether somebody waits for something; any thread may ask."""
+        return bool(self._known) or not self._inbox.empty()
 
     def submit(self, request: Request) -> None:
         """Queue a request; what becomes of it is delivered."""
@@ -132,8 +146,11 @@ class Loop:
         self._under_way.popleft()
         now = self._clock()
         events = self.scheduler.done(launched.plan, found.results, now)
-        self.progress.steps += 1
-        self.progress.busy_since = now if self._under_way else None
+        progress = self.progress
+        progress.steps += 1
+        progress.failed = 0
+        progress.busy_s += progress.stuck_for(now)
+        progress.busy_since = now if self._under_way else None
         self._tell(self._news(events, found))
 
     def _news(self, events: list[Event], found: Found) -> list[News]:
@@ -143,16 +160,30 @@ class Loop:
             logprobs = found.logprobs.get(event.id)
             if logprobs is not None:
                 logprobs = logprobs[: len(event.tokens)]
-            prompt = found.prompts.pop(event.id, None)
-            told.append(News(event.id, event.tokens, logprobs, prompt, event.finish, error, event.cached))
+            prompt, pooled = found.prompts.pop(event.id, None), found.pooled.pop(event.id, None)
+            told.append(
+                News(
+                    event.id,
+                    event.tokens,
+                    logprobs,
+                    prompt,
+                    pooled,
+                    event.finish,
+                    error,
+                    event.cached,
+                    event.admitted,
+                )
+            )
         # Of prompts that were read in part, with no token yet.
         told += [News(request_id, prompt=prompt) for request_id, prompt in found.prompts.items()]
+        told += [News(request_id, pooled=part) for request_id, part in found.pooled.items()]
         return told
 
     def _recover(self, error: str) -> None:
         """After a failed step, which may have taken the cache along: all of it is made anew."""
         self._under_way.clear()
         self.progress.busy_since = None
+        self.progress.failed += 1
         self.device.reset()
         self._tell(self._news(self.scheduler.lost(self._clock(), error), Found()))
 

@@ -6,6 +6,7 @@ from maxstack.data.tokenizer import Tokenizer
 from maxstack.models.generation.output import Row, TokenLogprobs
 from maxstack.models.generation.params import SamplingParams
 from maxstack.serve.device import Logprobs
+from maxstack.serve.embedding import Pool
 from maxstack.serve.loop import News
 
 
@@ -21,6 +22,8 @@ class Output:
     """One a token, where asked for."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """One a token of the prompt, where asked for; None for the first, which follows nothing."""
+    cumulative_logprob: float | None = None
+    """Sum of the log-probabilities of all that was sampled, the end token included, where `logprobs` was asked for."""
     finish_reason: str | None = None
     """"stop" for an end token or stop string, "length" for max_tokens, "cancelled", "deadline", "error"."""
     cached_tokens: int = 0
@@ -49,13 +52,15 @@ class Answer:
 
     def __init__(
         self, request_id: str, prompt: tuple[int, ...], params: SamplingParams, tokenizer: Tokenizer | None,
-        end_ids: frozenset[int],
+        end_ids: frozenset[int], pool: Pool | None = None,
     ):  # fmt: skip
         self.output = Output(request_id, prompt)
+        self.pool = pool
+        """Where an embedding is wanted, not an answer."""
         self.error: Exception | None = None
         self._row = Row(0, params, tokenizer, end_ids)
         if params.logprobs is not None:
-            self.output.logprobs = []
+            self.output.logprobs, self.output.cumulative_logprob = [], 0.0
         if params.prompt_logprobs is not None:
             self.output.prompt_logprobs = [None] * len(prompt)
 
@@ -74,8 +79,12 @@ class Answer:
             start, values = news.prompt
             for i, value in enumerate(values, start):
                 out.prompt_logprobs[i] = token_logprobs(out.prompt_token_ids[i], value)
+        if news.pooled is not None and self.pool is not None:
+            self.pool.take(news.pooled)
         for i, token in enumerate(news.tokens):
             told = None if news.logprobs is None else token_logprobs(token, news.logprobs[i])
+            if told is not None and out.cumulative_logprob is not None:
+                out.cumulative_logprob += told.logprob
             event = self._row.push(token, told)
             delta.token_ids += event.token_ids
             delta.text += event.text

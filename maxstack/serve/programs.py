@@ -15,6 +15,7 @@ from maxstack.models.generation.params import MOST_LOGPROBS, RowSettings
 from maxstack.models.generation.sampling import Chosen, Seen, choose
 from maxstack.models.paged.forward import Chunk
 from maxstack.models.paged.pools import Pools
+from maxstack.serve.embedding import Pooled, pool
 
 LOGPROB_BLOCK = 16
 """Prompt tokens whose logits are there at once."""
@@ -60,6 +61,8 @@ class Prompts(NamedTuple):
     settings: RowSettings
     following_bt: Int[Array, "b t"]
     """The token after each of the chunk's, for the prompt's log-probabilities; -1 where nobody asks."""
+    pooled_b: Bool[Array, "b"]
+    """Whose hidden states are wanted, for an embedding."""
 
 
 class Told(NamedTuple):
@@ -87,6 +90,8 @@ class Form(NamedTuple):
     """(weights, pools, chunk) -> residual stream, and what `keep` takes: or, without one, the pools."""
     logits: Callable[[list[Array], Array], Array]
     """(weights, residual stream) -> float32 logits."""
+    hidden: Callable[[list[Array], Array], Array]
+    """(weights, residual stream) -> what the output projection reads."""
     keep: Callable[[Pools, Any, Chunk], Pools] | None
 
 
@@ -141,8 +146,9 @@ def decode_keep(
 
 def prompts_read(
     form: Form, weights, pools: Pools, state: RowState, prompts: Prompts
-) -> tuple[tuple[Told, Read], Any]:
-    """A token of each row whose prompt ends here, the log-probabilities that were asked for, what is to be written."""
+) -> tuple[tuple[Told, Read, Pooled], Any]:
+    """A token of each row whose prompt ends here, the log-probabilities and hidden states that were asked for, what is
+    to be written."""
     chunk = prompts.chunk
     x_btd, written = form.advance(weights, pools, chunk)
     at_b = jnp.maximum(chunk.counts_b - 1, 0)
@@ -151,11 +157,12 @@ def prompts_read(
     positions_b = chunk.lengths_b + chunk.counts_b
     chosen = choose(logits_bv, prompts.settings, state.seen, positions_b, prompts.rows_b)
     said = told(logits_bv, chosen, prompts.last_b, jnp.asarray(prompts.settings.ends))
-    return (said, prompt_logprobs(form, weights, x_btd, prompts.following_bt)), written
+    read = prompt_logprobs(form, weights, x_btd, prompts.following_bt)
+    return (said, read, pool(form, weights, x_btd, chunk.counts_b, prompts.pooled_b)), written
 
 
 def prompts_keep(
-    form: Form, pools: Pools, state: RowState, prompts: Prompts, said: tuple[Told, Read], written: Any
+    form: Form, pools: Pools, state: RowState, prompts: Prompts, said: tuple[Told, Read, Pooled], written: Any
 ) -> tuple[Pools, RowState]:
     """The rows with these chunks in the cache, and their settings."""
     rows, chunk, first = prompts.rows_b, prompts.chunk, said[0]

@@ -73,3 +73,5 @@ class Event(NamedTuple):
     error: str | None = None
     cached: int = 0
     """Tokens of the prompt that the prefix cache had."""
+    admitted: int | float | None = None
+    """When it was first given a row; None before."""

@@ -108,7 +108,7 @@ class Scheduler:
         error: str | None = None,
     ) -> None:
         cached = max(sequence.cached, 0)
-        self._events.append(Event(sequence.request.id, tokens, finish, error, cached))
+        self._events.append(Event(sequence.request.id, tokens, finish, error, cached, sequence.admitted))
 
     @property
     def idle(self) -> bool:
@@ -234,7 +234,10 @@ class Scheduler:
     def _known(self, sequence: Sequence) -> list[Node] | None:
         """Pages that the prefix cache has for it; None if an earlier request is about to add the next one."""
         request, limits = sequence.request, self.limits
-        if not limits.prefix_cache or not request.use_cache:
+        if not limits.prefix_cache:
+            return []
+        if not request.use_cache:  # others may still wait for its pages
+            self.prefix.lengthen(sequence.keys, sequence.salt, sequence.tokens)
             return []
         if self._waits(sequence, sequence.waits_for):
             return None
@@ -446,6 +449,8 @@ class Scheduler:
         self._counters.prompt_tokens += read
         self._counters.chunk_padding_tokens += shape[0] * shape[1] - read if shape else 0
         self._counters.iteration_tokens_total.observe(read + sum(decode.count for decode in decodes))
+        self._counters.weight_reads += bool(chunks) + (steps if decodes else 0)
+        self._counters.kv_tokens_read += steps * sum(decode.length for decode in decodes)
         plan = Plan(
             number,
             tuple(starts),

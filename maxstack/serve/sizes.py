@@ -27,11 +27,13 @@ SHARE = {"cpu": 0.1}
 ACCELERATOR_SHARE = 0.85
 
 
-def default_limits(config: TransformerConfig, kv_dtype: PageType) -> Limits:
+def default_limits(
+    config: TransformerConfig, kv_dtype: PageType, *, rows: int | None = None, max_length: int | None = None
+) -> Limits:
     """Rows, pages and shapes for the platform at hand: as many pages as fit, no more than all rows can use."""
     here = platform()
-    page, rows = PAGE.get(here, KERNEL_PAGE), ROWS.get(here, ACCELERATOR_ROWS)
-    length = min(config.max_length, MOST_LENGTH)
+    page, rows = PAGE.get(here, KERNEL_PAGE), rows or ROWS.get(here, ACCELERATOR_ROWS)
+    length = max_length or min(config.max_length, MOST_LENGTH)
     bytes_a_page = page_bytes(config, page, kv_dtype)
     share = SHARE.get(here, ACCELERATOR_SHARE)
     fitting = int(share * free_bytes()) // bytes_a_page

@@ -7,9 +7,18 @@ from maxstack.models.generation.params import SamplingParams
 
 
 def check_request(
-    prompt: Sequence[int], params: SamplingParams, vocab: int, longest: int, *, tokenizer: bool
+    prompt: Sequence[int],
+    params: SamplingParams,
+    vocab: int,
+    longest: int,
+    *,
+    tokenizer: bool,
+    least: int = 1,
 ) -> None:
-    """Raise UserError for a request that cannot be served: `longest` tokens with its answer, ids below `vocab`."""
+    """Raise UserError for a request that cannot be served: `longest` tokens with its answer, ids below `vocab`,
+    an answer of `least` tokens or more."""
+    if params.max_tokens < least:
+        raise UserError(f"max_tokens is {params.max_tokens}: it must be at least {least}")
     if not prompt:
         raise UserError(
             "a prompt has no tokens: give it at least one character, or the tokenizer a start token"

@@ -23,7 +23,7 @@ class SamplingParams:
     """Names and meanings are those of vLLM and transformers: penalties first, then temperature, top_k, top_p, min_p."""
 
     max_tokens: int = 128
-    """New tokens at most."""
+    """New tokens at most; 0 only reads the prompt, which a server does for its log-probabilities."""
     min_tokens: int = 0
     """No end token, and none of stop_token_ids, before so many new tokens."""
     temperature: float = 0.8
@@ -72,7 +72,7 @@ class SamplingParams:
 
 # What each setting may be.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_tokens": (lambda n: n >= 1, "at least 1"),
+    "max_tokens": (lambda n: n >= 0, "0 or more"),
     "min_tokens": (lambda n: n >= 0, "0 or more"),
     "temperature": (lambda t: 0 <= t < math.inf, "0 (likeliest token) or more, and finite"),
     "top_k": (lambda k: 0 <= k < 2**31, "0 (all tokens) or more"),

@@ -1,0 +1,249 @@
+"""What the routes share: the engine under its names, and how a request becomes streams."""
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from starlette.requests import Request
+
+from maxstack.chat.ends import Ends, ends_of
+from maxstack.config import UserError
+from maxstack.data.chat import ChatRenderer, renderer_for
+from maxstack.models.generation.params import SamplingParams
+from maxstack.serve.engine import AsyncEngine, Stream
+from maxstack.serve.http.errors import ApiError, ClientGone, refused
+from maxstack.serve.http.operation import Operation, Seen
+from maxstack.serve.http.schemas.sampling import Sampling
+from maxstack.serve.http.settings import Settings
+from maxstack.serve.http.spelling import Spelling
+from maxstack.serve.http.sse import EventStream, gone
+from maxstack.serve.output import Delta, Output
+
+HOLD_S = 5.0
+"""Seconds for which a stream's first byte waits for its first token: until then an error still has a status."""
+
+
+class Front:
+    """One engine behind HTTP."""
+
+    def __init__(self, engine: AsyncEngine, settings: Settings, operation: Operation | None):
+        if engine.tokenizer is None:
+            raise UserError("the server needs a tokenizer beside the model: requests and answers are text")
+        self.engine, self.settings, self.operation = engine, settings, operation
+        self.tokenizer = engine.tokenizer
+        self.spelling = Spelling(self.tokenizer)
+        self.created = int(time.time())
+        self._renderer, self._no_chat = None, ""
+        try:
+            self._renderer = renderer_for(self.tokenizer, settings.chat_template)
+            self.ends = ends_of(self._renderer, self.tokenizer)
+        except UserError as error:  # a base model: the other routes work
+            self._no_chat, self.ends = str(error), Ends((), ())
+
+    @property
+    def renderer(self) -> ChatRenderer:
+        """Raises where the model has no chat template."""
+        if self._renderer is None:
+            raise refused(f"this model cannot chat: {self._no_chat}", "messages", "no_chat_template")
+        return self._renderer
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the model, the one to show first."""
+        return (self.settings.model_name, *self.settings.aliases)
+
+    def adapter(self, model: str | None) -> str | None:
+        """The adapter that a request's `model` names, None for the model itself. Raises 404 for other names."""
+        if model is None or model in self.names:
+            return None
+        known = adapters_of(self.engine)
+        if model in known:
+            return model
+        names = ", ".join([*self.names, *known])
+        raise ApiError(
+            404,
+            f"The model '{model}' does not exist; here are: {names}",
+            param="model",
+            code="model_not_found",
+        )
+
+    def room(self, prompt: Sequence[int], asked: int | None, default: int | None) -> int:
+        """Tokens that an answer may have: as asked for, else what is left, `default` at most."""
+        if asked is not None:
+            return asked
+        left = self.engine.limits.max_length - len(prompt)
+        if left < 1:
+            raise refused(
+                f"the prompt has {len(prompt)} tokens, and the model holds {self.engine.limits.max_length} with the "
+                "answer: shorten it",
+                "messages" if default is None else "prompt",
+                "context_length_exceeded",
+            )
+        return left if default is None else min(left, default)
+
+    def check_budget(self, prompts: int, tries: int, max_tokens: int) -> None:
+        """Refuse what would be too much for one request."""
+        own = self.settings
+        rules = (
+            (prompts, own.most_prompts, "prompts", "prompt"),
+            (tries, own.most_answers, "answers to a prompt", "n"),
+            (prompts * tries, own.most_sequences, "prompts times n", "n"),
+            (prompts * tries * max_tokens, own.most_tokens, "prompts times n times max_tokens", "max_tokens"),
+        )
+        for number, most, what, param in rules:
+            if number > most:
+                raise refused(
+                    f"{what}: {number} is more than the {most} of one request", param, "budget_exceeded"
+                )
+
+    def open(
+        self, ids: Sequence[int], params: SamplingParams, asked: Sampling, answer_id: str, seen: Seen, *,
+        tries: int = 1, first: int = 0, constraint: Any = None, adapter: str | None = None,
+    ) -> list[Stream]:  # fmt: skip
+        """Ask the engine for answers to a prompt, each with a seed of its own."""
+        limits = [s for s in (asked.timeout_s, self.settings.deadline_s) if s is not None]
+        options: dict[str, Any] = {
+            "priority": asked.priority or 0,
+            "deadline_s": min(limits) if limits else None,
+        }
+        # Not where there is none: an engine without these takes everything else.
+        options |= {} if constraint is None else {"constraint": constraint}
+        options |= {} if adapter is None else {"adapter": adapter}
+        streams: list[Stream] = []
+        with closing(self.engine, streams, on_error=True):
+            for i in range(tries):
+                own = dataclasses.replace(params, seed=(params.seed + i * 0x9E3779B1) % 2**32)
+                streams.append(self.engine.open(ids, own, request_id=f"{answer_id}-{first + i}", **options))
+        seen.opened = seen.opened or time.monotonic()
+        seen.max_tokens += params.max_tokens * tries
+        seen.choices += tries
+        seen.prompt_tokens += len(ids)
+        seen.priority = asked.priority or 0
+        return streams
+
+
+def adapters_of(engine: AsyncEngine) -> tuple[str, ...]:
+    """Names of the adapters that are loaded."""
+    adapters = getattr(engine, "adapters", None)
+    return () if adapters is None else tuple(adapters.names())
+
+
+@contextmanager
+def closing(engine: AsyncEngine, streams: list[Stream], *, on_error: bool = False) -> Iterator[None]:
+    """End the streams at the end, or only if there is an error."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not (done and on_error):
+            for stream in streams:
+                engine.abort(stream.id)
+
+
+async def while_connected[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of some work, which is cancelled at once when the client leaves."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(gone(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def event_stream(
+    request: Request, events: AsyncGenerator[bytes], seen: Seen, settings: Settings
+) -> EventStream:
+    """A response that streams, once its first event is there: what fails before has a status of its own."""
+    first = asyncio.ensure_future(anext(events))
+    leaving = asyncio.ensure_future(gone(request.receive))
+    kept = False
+    try:
+        await asyncio.wait({first, leaving}, timeout=HOLD_S, return_when=asyncio.FIRST_COMPLETED)
+        if leaving.done() and not first.done():
+            raise ClientGone
+        if first.done():
+            first.result()
+        kept = True
+        return EventStream(first, events, seen, settings.keep_alive_s)
+    finally:
+        leaving.cancel()
+        if not kept:
+            first.cancel()
+        await asyncio.gather(leaving, *([] if kept else [first]), return_exceptions=True)
+        if not kept:
+            await events.aclose()
+
+
+async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Delta]]:
+    """What comes of several streams, with the number of its stream, until all are done."""
+    if len(streams) == 1:  # without a task a piece
+        while True:
+            delta = await streams[0].next()
+            yield 0, delta
+            if delta.finish_reason is not None:
+                return
+    tasks = {asyncio.ensure_future(stream.next()): i for i, stream in enumerate(streams)}
+    try:
+        while tasks:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=tasks.__getitem__):
+                i, delta = tasks.pop(task), task.result()
+                if delta.finish_reason is None:
+                    tasks[asyncio.ensure_future(streams[i].next())] = i
+                yield i, delta
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def wholes(streams: Sequence[Stream]) -> list[Output]:
+    """The whole answers; the first failure is raised as soon as it is there."""
+    # Not one after the other: the failure of the last would wait for all.
+    return list(await asyncio.gather(*(stream.whole() for stream in streams)))
+
+
+def best(outputs: Sequence[Output], n: int) -> list[Output]:
+    """The n likeliest answers, by the sum of their tokens' log-probabilities."""
+
+    def likelihood(output: Output) -> float:
+        return sum(each.logprob for each in output.logprobs or ())
+
+    return sorted(outputs, key=likelihood, reverse=True)[:n]
+
+
+def finish_of(reason: str | None, seen: Seen) -> str:
+    """A finish reason as OpenAI has it. Raises for an end that is a failure."""
+    if reason == "deadline":
+        raise ApiError(504, "the request was not done within its time", code="deadline_exceeded")
+    if reason not in ("stop", "length"):
+        raise ApiError(503, f"the request was ended by the server: {reason}", code="cancelled")
+    seen.finish_reasons.append(reason)
+    return reason
+
+
+def note_tokens(seen: Seen, tokens: int) -> None:
+    """Count tokens that have come."""
+    if tokens:
+        seen.last_token = time.monotonic()
+        seen.first_token = seen.first_token or seen.last_token
+        seen.completion_tokens += tokens
+
+
+def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
+    """As OpenAI counts."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }

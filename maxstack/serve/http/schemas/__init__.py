@@ -1,0 +1,1 @@
+"""What requests may hold: each field with its bounds."""

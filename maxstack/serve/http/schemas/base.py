@@ -1,0 +1,30 @@
+"""What all requests' schemas share: nothing unknown, nothing guessed, everything bounded."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MOST_TEXT = 2_000_000
+"""Characters of any text; the body is bounded besides."""
+
+Text = Annotated[str, Field(max_length=MOST_TEXT)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Object = dict[str, Any]
+
+
+class Schema(BaseModel):
+    """A request or a part of one. A field that it does not know is refused, as OpenAI does; a text is no number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class StreamOptions(Schema):
+    """How a stream ends."""
+
+    include_usage: bool | None = None
+    """A last chunk without choices, with the usage."""
+    include_obfuscation: bool | None = None
+    """Taken and not acted on: chunks have no padding."""
+    continuous_usage_stats: bool | None = None
+    """The usage so far in each chunk."""

@@ -1,0 +1,45 @@
+"""The request of /v1/completions."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from maxstack.models.generation.params import MOST_LOGPROBS
+from maxstack.serve.http.schemas.base import Schema, Text, TokenId
+from maxstack.serve.http.schemas.chat import ResponseFormat
+from maxstack.serve.http.schemas.sampling import Sampling
+
+MOST_IDS = 1_000_000
+MOST_PROMPTS = 2048
+Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_IDS)]
+Prompt = (
+    Text
+    | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+    | Ids
+    | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+)
+
+
+class CompletionRequest(Sampling):
+    """Text or tokens to be continued."""
+
+    prompt: Prompt
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: bool | None = None
+    suffix: Text | None = None
+    response_format: ResponseFormat | None = None
+    add_special_tokens: bool | None = None
+    """Whether a text begins with the model's token for the start of a document: by default, as when it was trained."""
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or several of them, as a list."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if isinstance(prompt[0], int):
+            return [list(prompt)]  # pyrefly: ignore
+        return list(prompt)  # pyrefly: ignore
+
+
+__all__ = ["CompletionRequest", "Ids", "Prompt", "Schema"]

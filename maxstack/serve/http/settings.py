@@ -1,0 +1,47 @@
+"""What the HTTP front is told at its start."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of one server. Whoever has `api_keys` may ask; management routes take the `management_key` alone."""
+
+    model_name: str
+    """The name under which the model is listed and asked for."""
+    aliases: tuple[str, ...] = ()
+    """Further names that mean the same model."""
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Without any, everybody may ask."""
+    management_key: str | None = field(default=None, repr=False)
+    """Without one, there are no management routes."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages of these origins may ask; by default none but our own."""
+    chat_template: str | None = None
+    """Jinja text, or "chatml", in place of the tokenizer's own."""
+    parser: str | None = None
+    """How the model spells tool calls and reasoning; by default what its chat template says."""
+    log_prompts: bool = False
+
+    body_bytes: int = 2_000_000
+    """Of a request's body."""
+    header_bytes: int = 16_384
+    """Of all headers together."""
+    body_s: float = 30.0
+    """Seconds in which a body must have come."""
+    send_s: float = 60.0
+    """Seconds for which a reader may take nothing before it is given up."""
+    keep_alive_s: float = 15.0
+    """Seconds of silence after which a stream sends a comment, so that nobody in between takes it for dead."""
+    depth: int = 100
+    """Brackets within brackets in a body's JSON."""
+    most_prompts: int = 1024
+    """Prompts of a request."""
+    most_answers: int = 128
+    """Answers to one prompt (n and best_of)."""
+    most_sequences: int = 1024
+    """Prompts times answers of a request."""
+    most_tokens: int = 1_000_000
+    """Tokens that one request may ask for: sequences times max_tokens."""
+    deadline_s: float | None = None
+    """Seconds after which a request is ended, unless it asks for fewer."""
