@@ -23,7 +23,11 @@ def test_keys_are_lines_and_comments_are_not(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("# none\n", "holds no key"), ("short\n", "key 1 has 5 characters"), (f"{GOOD}\nzwölf{GOOD}\n", "key 2 holds")],
+    [
+        ("# none\n", "holds no key"),
+        ("short\n", "key 1 has 5 characters"),
+        (f"{GOOD}\nzwölf{GOOD}\n", "key 2 holds"),
+    ],
 )
 def test_what_is_no_key_is_refused_without_showing_it(tmp_path, text, part):
     with pytest.raises(UserError, match=part) as caught:

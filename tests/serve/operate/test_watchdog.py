@@ -128,7 +128,9 @@ def test_a_device_that_hangs_is_seen_and_one_that_is_slow_is_not():
         async def slow() -> None:
             device.takes_s = 0.02
             watching = asyncio.create_task(watchdog.watch())
-            await made.complete([1, 2, 3], dataclasses.replace(PARAMS, max_tokens=30))  # longer than the limit
+            await made.complete(
+                [1, 2, 3], dataclasses.replace(PARAMS, max_tokens=30)
+            )  # longer than the limit
             assert watchdog.fault is None
             device.takes_s = 0.0
             device.go_on.clear()

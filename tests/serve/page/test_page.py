@@ -210,8 +210,8 @@ def test_what_a_model_writes_stays_text(page, script):
 
 def test_markdown_becomes_elements(page, script):
     script.answers["md"] = (
-        "# Title\n\nSome **bold**, *lean*, `code` and a [link](https://example.org).\n\n- one\n- two\n  1. deep\n\n> said\n\n"
-        "```py\nx = '**not bold**'\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\nsnake_case_name and 2 * 3 * 4"
+        "# Title\n\nSome **bold**, *lean*, `code` and a [link](https://example.org).\n\n- one\n- two\n  1. deep\n\n> said"
+        "\n\n```py\nx = '**not bold**'\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\nsnake_case_name and 2 * 3 * 4"
     )
     ask(page, "md")
     shape = "[...document.querySelector('.body .text').querySelectorAll('*')].filter((e) => !e.matches('span, button'))"
@@ -247,9 +247,12 @@ def test_nothing_scrolls_sideways(browser, script, width):
     )
     ask(page, "wide")
     ask(page, "y" * 300)
-    wide = "[document, ...document.querySelectorAll('*')].map((e) => e.scrollingElement ?? e)"
-    fits = f"{wide}.filter((e) => e.scrollWidth > e.clientWidth + 1 && !['hidden', 'clip'].includes(getComputedStyle(e).overflowX) "
-    fits += "&& !e.closest('.hidden, svg, pre, .table, .open, select, #side, #settings') && e.clientWidth).map((e) => e.outerHTML.slice(0, 80))"
+    everything = "[document.scrollingElement, ...document.querySelectorAll('*')]"
+    besides = "'.hidden, svg, pre, .table, .open, select, #side, #settings'"  # what may scroll, or cuts off
+    fits = (
+        f"{everything}.filter((e) => e.clientWidth && e.scrollWidth > e.clientWidth + 1 && !e.closest({besides})"
+        " && !['hidden', 'clip'].includes(getComputedStyle(e).overflowX)).map((e) => e.outerHTML.slice(0, 80))"
+    )
     assert page.run("document.documentElement.scrollWidth <= innerWidth")
     assert page.run(fits) == []
 
@@ -321,9 +324,8 @@ def test_all_of_it_works_by_keyboard(page, script):
     page.press("/")
     page.write("long")
     page.press("Enter")
-    page.until(
-        "document.querySelectorAll('.message.assistant').length === 2 && document.querySelector('.message.assistant:last-child .body').innerText.length > 10"
-    )
+    page.until("document.querySelectorAll('.message.assistant').length === 2")
+    page.until("document.querySelector('.message.assistant:last-child .body').innerText.length > 10")
     page.press("Escape")
     page.until(IDLE)
     assert "stopped" in page.text(".message.assistant:last-child .figures")
