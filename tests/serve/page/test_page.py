@@ -210,7 +210,8 @@ def test_what_a_model_writes_stays_text(page, script):
 
 def test_markdown_becomes_elements(page, script):
     script.answers["md"] = (
-        "# Title\n\nSome **bold**, *lean*, `code` and a [link](https://example.org).\n\n- one\n- two\n  1. deep\n\n> said"
+        "# Title\n\n"
+        "Some **bold**, *lean*, `code` and a [link](https://example.org).\n\n- one\n- two\n  1. deep\n\n> said"
         "\n\n```py\nx = '**not bold**'\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\nsnake_case_name and 2 * 3 * 4"
     )
     ask(page, "md")
