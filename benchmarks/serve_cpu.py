@@ -107,6 +107,7 @@ def run(turn: Turn, trace: str, file: Path | None, args: argparse.Namespace) -> 
     try:
         done = subprocess.run(
             words,
+            check=False,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -188,8 +189,8 @@ def table(known: dict[str, Any], args: argparse.Namespace) -> str:
             share = 1 - engine["seconds"] / server["seconds"]
             lines.append(
                 f"HTTP, {at_once} at once: {share:.1%} of the wall time (engine alone {engine['seconds']:.1f} s, over "
-                f"HTTP {server['seconds']:.1f} s; the clients took {server['client_share']:.1%} of a core); host of the "
-                f"engine {engine['host_share']:.1%}"
+                f"HTTP {server['seconds']:.1f} s; the clients took {server['client_share']:.1%} of a core); scheduler "
+                f"{engine['host_share']:.1%}"
             )
     if cache := rows.get(("int8 cache", "-")):
         lines.append(

@@ -173,7 +173,8 @@ class Page:
         self.until(f"document.querySelector({json.dumps(selector)})")
         box = self.run(
             f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
-            " e.scrollIntoView({block: 'nearest'}); const b = e.getClientRects()[0]; return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+            " e.scrollIntoView({block: 'nearest'}); const b = e.getClientRects()[0];"
+            " return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
         return box[0], box[1]
 
