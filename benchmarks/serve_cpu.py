@@ -106,13 +106,7 @@ def run(turn: Turn, trace: str, file: Path | None, args: argparse.Namespace) -> 
     words = [*turn.command, str(file or "-"), at_once, "1" if args.quick else "0"]
     try:
         done = subprocess.run(
-            words,
-            check=False,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=args.limit,
+            words, check=False, env=environment, capture_output=True, text=True, timeout=args.limit
         )
     except subprocess.TimeoutExpired:
         return {"failed": f"not done after {args.limit} s"}
