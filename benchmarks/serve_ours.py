@@ -26,9 +26,11 @@ def asks_of(file: str) -> list[tuple[tuple[int, ...], int]]:
 def engine_of(args: argparse.Namespace, kv: str | None = None) -> Any:
     """Compiled and warm."""
     import maxstack
+    from maxstack.models.compiled_cache import use_compiled_cache
     from maxstack.serve import AsyncEngine
     from maxstack.serve.sizes import default_limits
 
+    use_compiled_cache()
     packed = None if args.weights == "float32" else args.weights
     model, tokenizer = maxstack.load(MODEL, dtype="float32", weights=cast(Any, packed))
     kv_dtype = cast(Any, kv or "float32")
