@@ -88,6 +88,8 @@ def _sizes(group: Any) -> None:
     add(
         "--kv", choices=tuple(KV), help="type of the cache's numbers; int8 holds twice the tokens of bfloat16"
     )
+    add("--tensor", type=positive, default=1, metavar="N",
+        help="devices of this machine that share the model (default 1); kv heads must divide by it")  # fmt: skip
     add("--max-length", type=positive, metavar="N", help="tokens of prompt and answer together, at most")
     add("--rows", type=positive, metavar="N", help="requests worked on at once")
     add("--pages", type=positive, metavar="N", help="pages of the cache (default: what fits)")
@@ -141,6 +143,7 @@ def main(argv: Sequence[str]) -> int:
         model=args.model, name=args.name, adapters=tuple(args.adapters), weights=args.weights, dtype=args.dtype,
         step=args.step, averaged=args.averaged, kv=args.kv, max_length=args.max_length, rows=args.rows,
         pages=args.pages, waiting=args.waiting, adapter_slots=args.adapter_slots, adapter_rank=args.adapter_rank,
+        tensor=args.tensor,
     )  # fmt: skip
     phases = Phases(log.info)
     if args.compile_only:

@@ -16,6 +16,7 @@ from maxstack.kernels.paged_attention import PageType
 from maxstack.models import adapters
 from maxstack.models.generation.params import SamplingParams, row_settings
 from maxstack.models.paged.forward import Chunk as Tokens
+from maxstack.models.paged.layer import cut
 from maxstack.models.paged.pools import init_pools
 from maxstack.models.transformer import TransformerConfig
 from maxstack.serve import programs, rooms
@@ -25,6 +26,7 @@ from maxstack.serve.embedding import Part, Pooled
 from maxstack.serve.plan import Chunk, Limits, Plan, Start
 from maxstack.serve.programs import ENDED, NOT_FINITE, TOKEN, Form, Prompts, Read, Steps, Told, Weights
 from maxstack.serve.request import Result
+from maxstack.sharding import mesh_of
 
 # Arrays on their way to the device: programs take them as its own, and their types say so.
 arrays: Any = np
@@ -106,13 +108,16 @@ class Device:
         self._generated = arrays.zeros(limits.rows + 1, np.int32)
         self._adapters = arrays.zeros(limits.rows + 1, np.int32) if isinstance(weights, tuple) else None
         self._room = jax.tree.map(shape_of, weights[1]) if isinstance(weights, tuple) else None
-        self._programs = Compiled()
+        mesh = mesh_of(weights)
+        self._programs = Compiled(mesh)
         self.buckets = buckets_up_to(limits.rows) if buckets is None else tuple(sorted(buckets))
         settings = row_settings([NEUTRAL], config.vocab_size)
 
         def empty():
             pools = init_pools(config, limits.pages, limits.page, kv_dtype)
-            return pools, programs.empty_rows(limits.rows + 1, config.vocab_size, settings)
+            return pools if mesh is None else cut(pools), programs.empty_rows(
+                limits.rows + 1, config.vocab_size, settings
+            )
 
         self._programs.add("empty", empty)
         self._programs.compile()
