@@ -29,6 +29,7 @@ from maxstack.serve.errors import EngineDead
 from maxstack.serve.forms import form_for
 from maxstack.serve.loop import Loop, News, Progress
 from maxstack.serve.output import Answer, Delta, Output
+from maxstack.serve.pace import Pace
 from maxstack.serve.plan import Limits
 from maxstack.serve.request import Request
 from maxstack.serve.scheduler import Scheduler
@@ -86,6 +87,9 @@ class AsyncEngine:
         how many programs are compiled, and of how many."""
         if not self._thread.ident:
             self._loop.device.warm_up(told)
+            if self.limits.drafts:
+                pace = self._loop.pace = Pace(self.limits.drafts, self._loop.device.costs())
+                self._loop.scheduler.drafting = pace.drafts_for
             self._thread.start()
 
     @property
