@@ -22,6 +22,7 @@ from maxstack.models.transformer import TransformerConfig
 from maxstack.serve import drafts, programs, rooms, speculation
 from maxstack.serve.compiled import Compiled, shape_of
 from maxstack.serve.constrain.matching import Matching
+from maxstack.serve.drafter import Drafter
 from maxstack.serve.embedding import Part, Pooled
 from maxstack.serve.plan import Chunk, Limits, Plan, Start
 from maxstack.serve.programs import (
@@ -114,8 +115,9 @@ class Device:
 
     def __init__(
         self, config: TransformerConfig, form: Form, weights: Weights, limits: Limits, kv_dtype: PageType,
-        buckets: Sequence[int] | None = None,
+        buckets: Sequence[int] | None = None, drafter: Drafter | None = None,
     ):  # fmt: skip
+        self._drafter = drafter
         self.config, self.limits, self.weights = config, limits, weights
         self._form = form
         self._table = arrays.full((limits.rows + 1, limits.table_width), -1, np.int32)
@@ -131,7 +133,8 @@ class Device:
         def empty():
             pools = init_pools(config, limits.pages, limits.page, kv_dtype)
             history = limits.max_length + 1 if limits.drafts else 0
-            return pools, programs.empty_rows(limits.rows + 1, config.vocab_size, settings, history)
+            guesses = limits.drafts if drafter is not None else 0
+            return pools, programs.empty_rows(limits.rows + 1, config.vocab_size, settings, history, guesses)
 
         self._programs.add("empty", empty)
         self._programs.compile()
@@ -142,6 +145,8 @@ class Device:
         self._pools = self._state = None  # their memory first
         self._pools, self._state = self._programs["empty"]()
         self._table[:] = -1
+        if self._drafter is not None:
+            self._drafter.reset()
 
     def warm_up(self, told: Callable[[int, int], None] | None = None) -> None:
         """Compile every program that `launch` may want; `told` hears how many are done, and of how many."""
@@ -162,15 +167,15 @@ class Device:
             table.add("recall", drafts.recalled, self._state.drafting, np.int32(0), row, donate=(0,))
             read, keep = partial(speculation.guesses_read, most), partial(speculation.guesses_keep, most)
             for bucket in self.guessing:
-                self._add_pair(("guess", bucket), read, keep, held, self._nobodys_steps(bucket))
+                steps = self._nobodys_steps(bucket)
+                self._add_pair(("guess", bucket), read, keep, held, steps)
+                if self._drafter is not None:
+                    self._drafter.add_guess(table, bucket, self._state, steps)
         for shape in self.limits.chunks:
-            self._add_pair(
-                ("chunk", *shape),
-                programs.prompts_read,
-                programs.prompts_keep,
-                held,
-                self._prompts((), shape),
-            )
+            nobody = self._prompts((), shape)
+            self._add_pair(("chunk", *shape), programs.prompts_read, programs.prompts_keep, held, nobody)
+            if self._drafter is not None:
+                self._drafter.add_chunk(table, shape, nobody.chunk)
         table.compile(told=told)
 
     def _add_pair(self, key: Any, read: Any, keep: Any, held: tuple, example: Any) -> None:
@@ -237,13 +242,21 @@ class Device:
             given = self._prompts(plan.chunks, plan.chunk_shape)
             launched.chunks = self._run(("chunk", *plan.chunk_shape), given)
             _hurry(launched.chunks[0])
+            if self._drafter is not None:
+                self._drafter.read(self._programs, plan.chunk_shape, given.chunk)
         if plan.decodes:
             kind, given = ("guess" if plan.drafts else "decode"), self._decoding(plan)
             for step in range(plan.steps):
-                said = self._run((kind, len(given[0])), self._steps(*given, step))
+                said = self._decode(kind, len(given[0]), self._steps(*given, step))
                 _hurry(said)
                 launched.steps.append(said)
         return launched
+
+    def _decode(self, kind: str, bucket: int, steps: Steps) -> Told:
+        """A step of some rows, with guesses or without."""
+        if kind == "guess" and self._drafter is not None:
+            self._state = self._drafter.guess(self._programs, bucket, self._state, steps)
+        return self._run((kind, bucket), steps)
 
     def results(self, launched: Launched) -> Found:
         """What the plan gave; waits for it."""
@@ -277,7 +290,7 @@ class Device:
         times = []
         for _ in range(4):
             began = time.perf_counter()
-            jax.block_until_ready(self._run((kind, bucket), self._nobodys_steps(bucket)))
+            jax.block_until_ready(self._decode(kind, bucket, self._nobodys_steps(bucket)))
             jax.block_until_ready(self._state)
             times.append(time.perf_counter() - began)
         return min(times[1:])

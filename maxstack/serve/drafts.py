@@ -21,11 +21,17 @@ class Drafting(NamedTuple):
     """Its tokens by position, up to the next one."""
     plan_left_r: Int[Array, "r"]
     """Tokens that it may still bring in the plan under way."""
+    guesses_rk: Int[Array, "r k"]
+    """Of a draft model, where there is one; as wide as it makes guesses."""
 
 
-def no_history(rows: int, length: int) -> Drafting:
+def no_history(rows: int, length: int, guesses: int = 0) -> Drafting:
     """Of rows that have nobody."""
-    return Drafting(jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows,), jnp.int32))
+    return Drafting(
+        jnp.zeros((rows, length), jnp.int32),
+        jnp.zeros((rows,), jnp.int32),
+        jnp.zeros((rows, guesses), jnp.int32),
+    )
 
 
 def recalled(drafting: Drafting, row: Int[Array, ""], tokens_l: Int[Array, "l"]) -> Drafting:

@@ -113,9 +113,11 @@ class Form(NamedTuple):
     """Weights of layers, and the room for adapters beside them, have an axis for repeats in front."""
 
 
-def empty_rows(rows: int, vocab_size: int, settings: RowSettings, history: int = 0) -> RowState:
+def empty_rows(
+    rows: int, vocab_size: int, settings: RowSettings, history: int = 0, guesses: int = 0
+) -> RowState:
     """Nobody in any row. `settings` are those of one row, as neutral as they can be, and of nobody's. `history` is the
-    length of a row, where guesses are made from it."""
+    length of a row, where guesses are made from it, `guesses` those of a draft model."""
     zeros = jnp.zeros((rows,), jnp.int32)
     return RowState(
         lengths_r=zeros,
@@ -125,7 +127,7 @@ def empty_rows(rows: int, vocab_size: int, settings: RowSettings, history: int =
         seen=Seen(jnp.zeros((rows, vocab_size), bool), jnp.zeros((rows, vocab_size), jnp.int32)),
         bound_r=jnp.zeros((rows,), bool),
         allowed_rw=jnp.zeros((rows, words_for(vocab_size)), jnp.uint32),
-        drafting=no_history(rows, history) if history else None,
+        drafting=no_history(rows, history, guesses) if history else None,
     )
 
 

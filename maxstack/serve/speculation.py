@@ -36,7 +36,10 @@ def guesses_of(state: RowState, steps: Steps, most: int) -> Guesses:
     rows, settings = steps.rows_b, state.settings
     lengths_b, left_b = state.lengths_r[rows], state.left_r[rows]
     plan_left_b = jnp.where(steps.step == 0, steps.counts_b, state.drafting.plan_left_r[rows])
-    drafts_bk, found_b = guessed(state.drafting.history_rl[rows], lengths_b, most)
+    if state.drafting.guesses_rk.shape[1]:  # there is a draft model
+        drafts_bk, found_b = state.drafting.guesses_rk[rows], jnp.ones(rows.shape, bool)
+    else:
+        drafts_bk, found_b = guessed(state.drafting.history_rl[rows], lengths_b, most)
     plain_b = (settings.repetition_penalty == 1) & (settings.presence_penalty == 0)
     plain_b &= (settings.frequency_penalty == 0) & ~state.bound_r
     wanted_b = jnp.where(found_b & plain_b[rows], most + 1, 1)
