@@ -57,3 +57,5 @@ class Constraint:
 
     kind: str
     value: Any = None
+    after: str = ""
+    """The form begins after this text, "</think>" say, and up to there the answer is free. "" for from the start."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import threading
 import time
 from collections import OrderedDict
@@ -84,8 +85,8 @@ class Grammars:
 
     def key(self, constraint: Constraint) -> str:
         """Equal for equal constraints. Raises BadConstraint for what is too large or no value of its kind."""
-        text = f"{constraint.kind} {checked_text(constraint, self.bounds)}"
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        text = json.dumps([constraint.kind, constraint.after, checked_text(constraint, self.bounds)])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def _find(self, key: str) -> Compiled | None:
         with self._lock:

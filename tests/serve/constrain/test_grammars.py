@@ -274,6 +274,23 @@ def test_compiling_is_off_the_event_loop_kept_and_given_up_in_time(monkeypatch):
     assert all(name.startswith("maxstack-grammar") for name in threads)
 
 
+AFTER = [("json_schema", {"const": 5}), ("regex", "5"), ("choice", ["5"]), ("grammar", 'start: "5"')]
+
+
+@pytest.mark.parametrize(("kind", "value"), AFTER)
+def test_a_form_may_begin_after_the_thoughts(by_bytes, kind, value):
+    bound = by_bytes.compile_now(Constraint(kind, value, after="</think>"))
+    matching = bound.start(PLAIN, BYTES.stop_ids, 257)
+    matching.take(list(b"Is 5 < 6? </thin"))
+    assert len(matching.allowed()) > 200
+    assert BYTES.eos_id not in matching.allowed()
+    matching.take(list(b"k>"))
+    assert set(map(chr, matching.allowed())) == {"5", "\n"}
+    matching.take(list(b"\n\n5"))
+    assert matching.over
+    assert bound is not by_bytes.compile_now(Constraint(kind, value))
+
+
 def test_a_grammar_is_of_one_vocabulary(by_bytes):
     bound = by_bytes.compile_now(Constraint("regex", "a"))
     with pytest.raises(UserError, match="257 tokens and the model has 300"):
