@@ -2,8 +2,9 @@
 
 import argparse
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import maxstack
 from maxstack.config import UserError
 from maxstack.kernels.quantized_matmul import KINDS
 from maxstack.models.compiled_cache import use_compiled_cache
+from maxstack.serve.http.front import Front
 from maxstack.serve.http.settings import Settings
 from maxstack.serve.operate.keys import keys_in
-from maxstack.serve.operate.listen import check_open, listening, url_of
+from maxstack.serve.operate.listen import address_of, check_open, listening, url_of
 from maxstack.serve.operate.management import management
 from maxstack.serve.operate.operation import Operation
 from maxstack.serve.operate.phases import Phases
@@ -22,6 +24,7 @@ from maxstack.serve.operate.records import with_texts
 from maxstack.serve.operate.request_log import RequestLog
 from maxstack.serve.operate.running import Serving, serve
 from maxstack.serve.operate.tracing import tracer
+from maxstack.serve.rpc.server import grpc_served
 from maxstack.serve.starting import Start, start
 
 log = logging.getLogger(__name__)
@@ -58,6 +61,14 @@ def _model(group: Any) -> None:
     add("--name", metavar="NAME", help="the name that clients ask for (default: the last part of M)")
     add("--adapters", nargs="+", default=[], metavar="NAME=FOLDER", type=adapter_of,
         help="LoRA adapters (PEFT folders); clients choose one as their model")  # fmt: skip
+    add("--adapter-slots", type=positive, metavar="N",
+        help="room for so many adapters at once (default: as many as --adapters has; none without any)")  # fmt: skip
+    add(
+        "--adapter-rank",
+        type=positive,
+        metavar="R",
+        help="the highest rank there is room for (default: theirs)",
+    )
     add(
         "--weights",
         choices=KINDS,
@@ -129,7 +140,7 @@ def main(argv: Sequence[str]) -> int:
     begin = Start(
         model=args.model, name=args.name, adapters=tuple(args.adapters), weights=args.weights, dtype=args.dtype,
         step=args.step, averaged=args.averaged, kv=args.kv, max_length=args.max_length, rows=args.rows,
-        pages=args.pages, waiting=args.waiting,
+        pages=args.pages, waiting=args.waiting, adapter_slots=args.adapter_slots, adapter_rank=args.adapter_rank,
     )  # fmt: skip
     phases = Phases(log.info)
     if args.compile_only:
@@ -169,8 +180,17 @@ async def _serve(
         operation.attach(engine)
         return engine
 
+    @contextlib.asynccontextmanager
+    async def beside(front: Front) -> AsyncGenerator[None]:
+        async with grpc_served(front, settings, operation, address_of(args.host, args.grpc_port)) as port:
+            log.info("gRPC on %s", address_of(args.host, port))
+            yield
+
     log.info("listening on %s; /ready says when to ask", url_of(sock))
-    return await serve(begun, operation, sock, Serving(settings=settings, drain_s=args.drain_seconds))
+    serving = Serving(
+        settings=settings, drain_s=args.drain_seconds, beside=None if args.grpc_port is None else beside
+    )
+    return await serve(begun, operation, sock, serving)
 
 
 def settings_of(args: argparse.Namespace, name: str) -> Settings:

@@ -127,13 +127,13 @@ class Device:
     def warm_up(self, told: Callable[[int, int], None] | None = None) -> None:
         """Compile every program that `launch` may want; `told` hears how many are done, and of how many."""
         table, held = self._programs, (self._pools, self._state)
-        rows, words = self._nobody_bound()
-        table.add("allow", programs.allow, self._state.allowed_rw, rows, words, donate=(0,))
         if self._room is not None:
             axis = int(self._form.stacked)
             new = jax.tree.map(lambda leaf: np.zeros(np.delete(leaf.shape, axis), leaf.dtype), self._room)
             put_in = partial(adapters.put, axis=axis)
             table.add("adapter", put_in, self.weights[1], np.int32(0), new, donate=(0,))
+        rows, words = self._nobody_bound()
+        table.add("allow", programs.allow, self._state.allowed_rw, rows, words, donate=(0,))
         table.add("seat", programs.seat, self._state, np.int32(0), *self._nothing_seen(), donate=(0,))
         for bucket in self.buckets:
             example = self._steps(np.zeros(bucket, np.int32), np.zeros(bucket, np.int32), 0)
@@ -159,9 +159,8 @@ class Device:
 
             self._programs.add(key, both, self.weights, pools, state, example, donate=(1, 2))
             return
-        said, written = self._programs.add(
-            (*key, "read"), partial(read, form), self.weights, pools, state, example
-        )
+        self._programs.add((*key, "read"), partial(read, form), self.weights, pools, state, example)
+        said, written = self._programs.gives((*key, "read"))
         self._programs.add(
             (*key, "keep"), partial(keep, form), pools, state, example, said, written, donate=(0, 1)
         )
@@ -189,6 +188,15 @@ class Device:
         """Put an adapter in a place, counted from 0."""
         leaves, room = self.weights
         self.weights = leaves, self._programs["adapter"](room, np.int32(slot), fitted)
+
+    @property
+    def leaves(self) -> list[jax.Array]:
+        """The model's weights, without the room for adapters."""
+        return self.weights[0] if self._room is not None else self.weights
+
+    def put_weights(self, leaves: list[jax.Array]) -> None:
+        """Weights of the same shapes in the place of the old ones."""
+        self.weights = leaves if self._room is None else (leaves, self.weights[1])
 
     def launch(self, plan: Plan) -> Launched:
         """Start the device on a plan."""

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -19,7 +19,7 @@ from maxstack.models.generation.checks import check_request
 from maxstack.models.generation.params import SamplingParams
 from maxstack.models.rope import BY_LENGTH
 from maxstack.models.transformer import Transformer, TransformerConfig
-from maxstack.serve import choices, rooms
+from maxstack.serve import choices, rooms, swapping
 from maxstack.serve.adapters import Adapters
 from maxstack.serve.constrain.matching import Compiled as Constrained
 from maxstack.serve.constrain.matching import left_to_the_engine
@@ -67,6 +67,7 @@ class AsyncEngine:
         self.config, self.tokenizer = model.config, tokenizer
         kv_dtype = model.config.dtype if kv_dtype is None else kv_dtype
         self.limits = default_limits(model.config, kv_dtype) if limits is None else limits
+        self.on = on
         form, weights = form_for(model, on, adapters)
         device = Device(model.config, form, weights, self.limits, kv_dtype, buckets)
         self._loop = Loop(device, Scheduler(self.limits), self._deliver, clock)
@@ -169,6 +170,16 @@ class AsyncEngine:
     async def score(self, prompt: Prompt, most: int = 0, **options: Any) -> Output:
         """The prompt's log-probabilities (`prompt_logprobs`); nothing is generated."""
         return await choices.score(self, prompt, most, **options)
+
+    async def swap_weights(self, model: Transformer, within_s: float | None = None) -> None:
+        """Serve other weights of the same shapes: requests that have begun finish on the old ones, others wait."""
+        self.warm_up()
+        await swapping.swap_weights(self, model, within_s)
+
+    @property
+    def leaves(self) -> list[jax.Array]:
+        """The weights as the device has them."""
+        return self._loop.device.leaves
 
     async def embed(self, prompt: Prompt, pooling: str = "mean", **options: Any) -> Embedding:
         """The prompt as a vector."""
@@ -287,6 +298,7 @@ class AsyncEngine:
                     self._loop.cancel(each.id, "stop")
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Hears of every request, in the event loop of whoever asks."""
 

@@ -1,22 +1,26 @@
 """From a model's name to an engine whose programs are compiled."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
 
 from maxstack.config import UserError
+from maxstack.models.adapters import AdapterSlots
 from maxstack.models.load import load
 from maxstack.models.paged.pools import page_bytes
 from maxstack.models.transformer import TransformerConfig
 from maxstack.serve.engine import AsyncEngine
 from maxstack.serve.operate.bandwidth import peak_bandwidth
 from maxstack.serve.operate.metrics import Metrics, Traffic
-from maxstack.serve.operate.phases import COMPILE, LOAD, WEIGHTS, Phases
+from maxstack.serve.operate.phases import ADAPTERS, COMPILE, LOAD, WEIGHTS, Phases
 from maxstack.serve.plan import Limits
 from maxstack.serve.sizes import default_limits
+
+RANK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,8 @@ class Start:
     name: str | None = None
     adapters: tuple[tuple[str, str], ...] = ()
     """Names and folders."""
+    adapter_slots: int | None = None
+    adapter_rank: int | None = None
     weights: Any = None
     dtype: Any = None
     step: int | None = None
@@ -54,14 +60,18 @@ def start(what: Start, phases: Phases, metrics: Metrics | None = None) -> AsyncE
         raise UserError(f"{what.model} has no tokenizer beside it: requests and answers are text")
     with phases.phase(WEIGHTS, "weights and cache lie on the device"):
         kv = what.kv or model.config.dtype
-        engine = AsyncEngine(model, tokenizer, limits=limits_of(what, model.config, kv), kv_dtype=kv)
+        engine = AsyncEngine(
+            model, tokenizer, limits=limits_of(what, model.config, kv), kv_dtype=kv, adapters=slots_of(what)
+        )
         del model  # the engine has its own form of the weights
-        for name, folder in what.adapters:
-            adapters_of(engine).load(name, folder)
     if metrics is not None:
         metrics.traffic = traffic_of(engine, kv, peak)
     with phases.phase(COMPILE, "every program is compiled"):
         engine.warm_up(phases.compiled)
+    if what.adapters:
+        with phases.phase(ADAPTERS, ", ".join(name for name, _ in what.adapters)):
+            for name, folder in what.adapters:
+                engine.adapters.load(name, folder)
     return engine
 
 
@@ -81,12 +91,26 @@ def limits_of(what: Start, config: TransformerConfig, kv: Any) -> Limits:
     return limits
 
 
-def adapters_of(engine: AsyncEngine) -> Any:
-    """Where the engine's adapters are kept. Raises UserError where it takes none."""
-    adapters = getattr(engine, "adapters", None)
-    if adapters is None:
-        raise UserError("this engine takes no adapters")
-    return adapters
+def slots_of(what: Start) -> AdapterSlots | None:
+    """Room for the adapters: for those at hand, unless told otherwise; None where there are none."""
+    count = what.adapter_slots if what.adapter_slots is not None else len(what.adapters)
+    if count < len(what.adapters):
+        raise UserError(
+            f"--adapter-slots {count} hold no {len(what.adapters)} adapters: give more, or fewer of those"
+        )
+    if not count:
+        return None
+    ranks = [rank_of(Path(folder)) for _, folder in what.adapters]
+    return AdapterSlots(count=count, rank=what.adapter_rank or max(ranks, default=RANK))
+
+
+def rank_of(folder: Path) -> int:
+    """The rank that an adapter's folder states; what is wrong with a folder is said when it is read."""
+    try:
+        rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("r")
+    except (OSError, ValueError, AttributeError):
+        return RANK
+    return rank if isinstance(rank, int) and rank > 0 else RANK
 
 
 def traffic_of(engine: AsyncEngine, kv: Any, peak: float | None) -> Traffic:

@@ -12,18 +12,24 @@ from starlette.middleware.cors import CORSMiddleware
 
 import maxstack
 from maxstack.config.errors import RunError, UserError
+from maxstack.serve import page
 from maxstack.serve.engine import AsyncEngine
-from maxstack.serve.http.errors import ApiError, error_of, validation_error
+from maxstack.serve.http.errors import error_of, validation_error
 from maxstack.serve.http.front import Front
 from maxstack.serve.http.gate import Gate
 from maxstack.serve.http.operation import Operation, Seen
 from maxstack.serve.http.routes.chat import chat_routes
 from maxstack.serve.http.routes.completions import completion_routes
+from maxstack.serve.http.routes.embeddings import embedding_routes
 from maxstack.serve.http.routes.models import model_routes
+from maxstack.serve.http.routes.responses import response_routes
+from maxstack.serve.http.routes.tokens import token_routes
 from maxstack.serve.http.settings import Settings
 from maxstack.serve.request import Full
 
 log = logging.getLogger(__name__)
+
+ROUTES = (chat_routes, completion_routes, response_routes, embedding_routes, model_routes, token_routes)
 
 
 def create_app(engine: AsyncEngine, settings: Settings, *, operation: Operation | None = None) -> FastAPI:
@@ -51,8 +57,9 @@ def create_app(engine: AsyncEngine, settings: Settings, *, operation: Operation 
         openapi_url="/openapi.json",
     )
     app.state.front = front
-    for routes in (chat_routes, completion_routes, model_routes):
+    for routes in ROUTES:
         app.include_router(routes(front))
+    app.include_router(page.router())
     for router in operation.routers if operation is not None else ():
         app.include_router(router)
     for kind in (RequestValidationError, HTTPException, UserError, RunError, Full, Exception):
@@ -85,6 +92,3 @@ def cors(origins: Sequence[str]) -> dict[str, Any]:
         "expose_headers": ["x-request-id"],
         "max_age": 600,
     }
-
-
-__all__ = ["ApiError", "create_app"]

@@ -44,6 +44,8 @@ async def render(front: Front, asked: ChatRequest) -> Prompt:
     """The prompt of a request. Raises for messages that the template has no place for."""
     renderer = front.renderer
     messages = [plain_message(message, f"messages[{i}]") for i, message in enumerate(asked.messages)]
+    if "developer" not in renderer.template:  # OpenAI's newer name for the same
+        messages = [{**one, "role": "system"} if one["role"] == "developer" else one for one in messages]
     going_on = bool(asked.continue_final_message)
     opening = not going_on if asked.add_generation_prompt is None else asked.add_generation_prompt
     variables: dict[str, Any] = dict(asked.chat_template_kwargs or {})

@@ -1,11 +1,10 @@
 """What the routes share: the engine under its names, and how a request becomes streams."""
 
 import asyncio
-import dataclasses
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from starlette.requests import Request
 
@@ -13,17 +12,26 @@ from maxstack.chat.ends import Ends, ends_of
 from maxstack.config import UserError
 from maxstack.data.chat import ChatRenderer, renderer_for
 from maxstack.models.generation.params import SamplingParams
-from maxstack.serve.engine import AsyncEngine, Stream
+from maxstack.serve.engine import AsyncEngine
 from maxstack.serve.http.errors import ApiError, ClientGone, refused
 from maxstack.serve.http.operation import Operation, Seen
 from maxstack.serve.http.schemas.sampling import Sampling
 from maxstack.serve.http.settings import Settings
 from maxstack.serve.http.spelling import Spelling
-from maxstack.serve.http.sse import EventStream, gone
+from maxstack.serve.http.sse import EventStream, error_event, gone
 from maxstack.serve.output import Delta, Output
+from maxstack.serve.stream import Stream
 
 HOLD_S = 5.0
 """Seconds for which a stream's first byte waits for its first token: until then an error still has a status."""
+
+
+@runtime_checkable
+class Urgency(Protocol):
+    """Of a request: the fields that say it."""
+
+    priority: int | None
+    timeout_s: float | None
 
 
 class Front:
@@ -99,24 +107,20 @@ class Front:
                     f"{what}: {number} is more than the {most} of one request", param, "budget_exceeded"
                 )
 
+    def options(self, asked: Urgency, adapter: str | None) -> dict[str, Any]:
+        """What the engine is told beside prompt and parameters."""
+        limits = [s for s in (asked.timeout_s, self.settings.deadline_s) if s is not None]
+        options: dict[str, Any] = {"priority": asked.priority or 0, "deadline_s": min(limits, default=None)}
+        return options | ({} if adapter is None else {"adapter": adapter})
+
     def open(
         self, ids: Sequence[int], params: SamplingParams, asked: Sampling, answer_id: str, seen: Seen, *,
-        tries: int = 1, first: int = 0, constraint: Any = None, adapter: str | None = None,
+        tries: int = 1, constraint: Any = None, adapter: str | None = None,
     ) -> list[Stream]:  # fmt: skip
         """Ask the engine for answers to a prompt, each with a seed of its own."""
-        limits = [s for s in (asked.timeout_s, self.settings.deadline_s) if s is not None]
-        options: dict[str, Any] = {
-            "priority": asked.priority or 0,
-            "deadline_s": min(limits) if limits else None,
-        }
-        # Not where there is none: an engine without these takes everything else.
+        options = self.options(asked, adapter)
         options |= {} if constraint is None else {"constraint": constraint}
-        options |= {} if adapter is None else {"adapter": adapter}
-        streams: list[Stream] = []
-        with closing(self.engine, streams, on_error=True):
-            for i in range(tries):
-                own = dataclasses.replace(params, seed=(params.seed + i * 0x9E3779B1) % 2**32)
-                streams.append(self.engine.open(ids, own, request_id=f"{answer_id}-{first + i}", **options))
+        streams = self.engine.open_choices(ids, params, tries, request_id=answer_id, **options)
         seen.opened = seen.opened or time.monotonic()
         seen.max_tokens += params.max_tokens * tries
         seen.choices += tries
@@ -160,8 +164,9 @@ async def while_connected[T](request: Request, work: Coroutine[Any, Any, T]) -> 
 
 
 async def event_stream(
-    request: Request, events: AsyncGenerator[bytes], seen: Seen, settings: Settings
-) -> EventStream:
+    request: Request, events: AsyncGenerator[bytes], seen: Seen, settings: Settings,
+    spelled: Callable[[ApiError], bytes] = error_event,
+) -> EventStream:  # fmt: skip
     """A response that streams, once its first event is there: what fails before has a status of its own."""
     first = asyncio.ensure_future(anext(events))
     leaving = asyncio.ensure_future(gone(request.receive))
@@ -173,7 +178,7 @@ async def event_stream(
         if first.done():
             first.result()
         kept = True
-        return EventStream(first, events, seen, settings.keep_alive_s)
+        return EventStream(first, events, seen, settings.keep_alive_s, spelled)
     finally:
         leaving.cancel()
         if not kept:
@@ -215,10 +220,7 @@ async def wholes(streams: Sequence[Stream]) -> list[Output]:
 def best(outputs: Sequence[Output], n: int) -> list[Output]:
     """The n likeliest answers, by the sum of their tokens' log-probabilities."""
 
-    def likelihood(output: Output) -> float:
-        return sum(each.logprob for each in output.logprobs or ())
-
-    return sorted(outputs, key=likelihood, reverse=True)[:n]
+    return sorted(outputs, key=lambda output: -(output.cumulative_logprob or 0.0))[:n]
 
 
 def finish_of(reason: str | None, seen: Seen) -> str:

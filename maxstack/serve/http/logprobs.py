@@ -40,3 +40,16 @@ def _top(found: TokenLogprobs, spelling: Spelling) -> dict[str, float]:
     for token, value in found.top:
         top.setdefault(spelling.text(token), finite(value))  # of tokens that look alike, the likeliest
     return top
+
+
+def prompt_logprobs(found: Sequence[TokenLogprobs | None], spelling: Spelling) -> list[dict[str, Any] | None]:
+    """Of a prompt, as vLLM has them: by token id, the token itself and the likeliest."""
+    return [None if each is None else _by_id(each, spelling) for each in found]
+
+
+def _by_id(found: TokenLogprobs, spelling: Spelling) -> dict[str, Any]:
+    pairs = [(found.token_id, found.logprob), *found.top]
+    return {
+        str(token): {"logprob": finite(value), "decoded_token": spelling.text(token)}
+        for token, value in pairs
+    }

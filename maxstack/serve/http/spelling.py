@@ -27,14 +27,6 @@ class Spelling:
         """The same as text: bytes that are no characters become U+FFFD."""
         return self.raw(token).decode(errors="replace")
 
-    def offsets(self, tokens: Sequence[int], start: int = 0) -> list[int]:
-        """Where each token begins in the text of all of them."""
-        words, at, offsets = StreamDecoder(self.tokenizer), start, []
-        for token in tokens:
-            offsets.append(at)
-            at += len(words.push(token))
-        return offsets
-
     def _raw(self, token: int) -> bytes:
         spelled = self.tokenizer.token(token)
         if spelled is None:  # a row of the embedding that no token has
@@ -46,3 +38,18 @@ class Spelling:
         if self._fallback and (byte := BYTE.fullmatch(spelled)):
             return bytes([int(byte[1], 16)])
         return spelled.replace("▁", " ").encode()
+
+
+class Offsets:
+    """Where tokens begin in the text that they make, as they come."""
+
+    def __init__(self, tokenizer: Tokenizer, start: int = 0):
+        self._words, self._at = StreamDecoder(tokenizer), start
+
+    def next(self, tokens: Sequence[int]) -> list[int]:
+        """Of the next tokens."""
+        offsets = []
+        for token in tokens:
+            offsets.append(self._at)
+            self._at += len(self._words.push(token))
+        return offsets

@@ -4,13 +4,13 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from maxstack.serve.http.errors import ClientGone, error_of
+from maxstack.serve.http.errors import ApiError, ClientGone, error_of
 from maxstack.serve.http.operation import Seen
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,11 @@ def event(data: Any, name: str | None = None) -> bytes:
     return f"event: {name}\ndata: {text}\n\n".encode() if name else f"data: {text}\n\n".encode()
 
 
+def error_event(error: ApiError) -> bytes:
+    """An error in the middle of a stream, which it ends."""
+    return event(error.body, "error") + DONE
+
+
 async def gone(receive: Receive) -> None:
     """Returns when the client has left."""
     while (await receive())["type"] != "http.disconnect":
@@ -37,10 +42,12 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, first: asyncio.Future[bytes], events: AsyncGenerator[bytes], seen: Seen, keep_alive_s: float
-    ):
-        """`first` is the first of the events, which others follow."""
+        self, first: asyncio.Future[bytes], events: AsyncGenerator[bytes], seen: Seen, keep_alive_s: float,
+        spelled: Callable[[ApiError], bytes],
+    ):  # fmt: skip
+        """`first` is the first of the events, which others follow; `spelled` makes an event of an error."""
         super().__init__()
+        self._spelled = spelled
         self._first, self._events, self._seen, self._keep_alive_s = first, events, seen, keep_alive_s
         self._sent = 0.0
         self.raw_headers = [
@@ -89,4 +96,4 @@ class EventStream(Response):
         self._seen.error = told.code or told.body["error"]["type"]
         if told.code == "internal_error":
             log.error("a stream has failed", exc_info=error)
-        return event(told.body, "error") + DONE
+        return self._spelled(told)

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from maxstack.config import UserError
 
+BACKLOG = 2048
+"""Connections that wait to be taken."""
+
 
 def check_open(host: str, keys: Sequence[str], told: bool) -> None:
     """Refuse to answer other machines without a key, unless `told` explicitly."""
@@ -26,7 +29,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises UserError where the address cannot be had."""
+    """A socket to which one can connect at once. Raises UserError where the address cannot be had."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -37,6 +40,7 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         raise UserError(
@@ -49,3 +53,8 @@ def url_of(sock: socket.socket) -> str:
     """Where to ask."""
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def address_of(host: str, port: int) -> str:
+    """A host and a port in one."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -72,11 +72,11 @@ class Traffic:
     """What it takes to turn steps into bytes."""
 
     weight_bytes: int = 0
-    kv_bytes_a_token: float = 0.0
-    peak: float | None = None
+    kv_bytes_a_token: int | float = 0.0
+    peak: int | float | None = None
     """Bytes a second of all devices; None where it is not known."""
 
-    def read(self, counters: Counters) -> float:
+    def read(self, counters: Counters) -> int | float:
         """Bytes read since the start, of weights and of the cache."""
         return counters.weight_reads * self.weight_bytes + counters.kv_tokens_read * self.kv_bytes_a_token
 
@@ -151,7 +151,7 @@ class Metrics(Collector):
         info.add_metric((model,), told)
         yield info
 
-    def bandwidth_share(self, read: float, busy_s: float) -> float | None:
+    def bandwidth_share(self, read: int | float, busy_s: int | float) -> float | None:
         """What was read in the last while, over what could have been; None where the peak is not known."""
         if not self.traffic.peak:
             return None
@@ -185,13 +185,13 @@ def of_counters(counters: Counters, model: str) -> Iterator[Metric]:
         yield family
 
 
-def _gauge(name: str, what: str, model: str, value: float) -> Metric:
+def _gauge(name: str, what: str, model: str, value: int | float) -> Metric:
     family = GaugeMetricFamily(PREFIX + name, what, labels=("model_name",))
     family.add_metric((model,), value)
     return family
 
 
-def _counter(name: str, what: str, model: str, value: float) -> Metric:
+def _counter(name: str, what: str, model: str, value: int | float) -> Metric:
     family = CounterMetricFamily(PREFIX + name, what, labels=("model_name",))
     family.add_metric((model,), value)
     return family

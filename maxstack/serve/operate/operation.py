@@ -30,7 +30,8 @@ WORK = "/v1/"
 RETRY_S = 5
 ROUTES = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/models", "/tokenize",
-    "/detokenize", "/tokenizer_info", "/health", "/ready", "/metrics", "/version", "/manage", "/",
+    "/detokenize", "/tokenizer_info", "/maxstack.v1.Maxstack", "/health", "/ready", "/metrics", "/version",
+    "/manage", "/",
 )  # fmt: skip
 """What the metrics tell apart; anything else is "other"."""
 _current: contextvars.ContextVar["Asked | None"] = contextvars.ContextVar("asked", default=None)
@@ -196,7 +197,7 @@ def route_of(path: str) -> str:
 
 
 def _method(method: str) -> str:
-    return method if method in ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT") else "other"
+    return method if method in ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "GRPC") else "other"
 
 
 def _unavailable(message: str, code: str) -> ApiError:

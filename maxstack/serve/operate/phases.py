@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LOAD, WEIGHTS, COMPILE, READY = "load", "weights", "compile", "ready"
+LOAD, WEIGHTS, COMPILE, ADAPTERS, READY = "load", "weights", "compile", "adapters", "ready"
 
 
 class Phases:
@@ -13,7 +13,8 @@ class Phases:
     def __init__(
         self, say: Callable[[str], None] = lambda text: None, clock: Callable[[], float] = time.monotonic
     ):
-        self._say, self._clock, self._began = say, clock, clock()
+        self._say, self._clock = say, clock
+        self._began = self._here = clock()
         self.seconds: dict[str, float] = {}
         """Of the phases that are over; READY is the whole start."""
         self.now = LOAD
@@ -29,16 +30,16 @@ class Phases:
     @contextmanager
     def phase(self, name: str, what: str) -> Iterator[None]:
         """One phase; `what` is said of it when it is over."""
-        self.now, began = name, self._clock()
+        self.now, self._here = name, self._clock()
         yield
-        self.seconds[name] = self._clock() - began
+        self.seconds[name] = self._clock() - self._here
         self._say(f"{name:8} {self.seconds[name]:6.1f} s  {what}")
 
     def compiled(self, done: int, of: int) -> None:
         """So many programs are compiled."""
         if done > self.done or of != self.of:
             self.done, self.of = done, of
-            self._say(f"{COMPILE:8} {self._clock() - self._began:6.1f} s  {done} of {of} programs")
+            self._say(f"{COMPILE:8} {self._clock() - self._here:6.1f} s  {done} of {of} programs")
 
     def finish(self, what: str) -> None:
         """All of it is over."""

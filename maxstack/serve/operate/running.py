@@ -18,6 +18,7 @@ import uvicorn
 from maxstack.config import RunError
 from maxstack.serve.engine import AsyncEngine
 from maxstack.serve.http.app import create_app
+from maxstack.serve.http.front import Front
 from maxstack.serve.http.server import server_config
 from maxstack.serve.http.settings import Settings
 from maxstack.serve.operate.door import Door
@@ -44,7 +45,7 @@ class Serving:
     say: Callable[[str], None] = log.info
     leave: Callable[[int], NoReturn] = os._exit
     """Ends the process while it is still starting: the compiler waits for nobody."""
-    beside: Callable[[AsyncEngine, Operation], AbstractAsyncContextManager[Any]] | None = None
+    beside: Callable[[Front], AbstractAsyncContextManager[Any]] | None = None
     """What else runs while the server does: the one for gRPC."""
 
 
@@ -69,7 +70,7 @@ async def serve(
         )
         stop.set()
 
-    config = server_config(door, serving.settings, timeout_graceful_shutdown=LAST_WORDS_S)  # type: ignore[arg-type]
+    config = server_config(door, serving.settings, timeout_graceful_shutdown=LAST_WORDS_S)
     server, engine = Server(config), None
     with handled(asked):
         answering = asyncio.create_task(server.serve([listening]))
@@ -113,7 +114,7 @@ async def _open(
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(app.router.lifespan_context(app))
         if serving.beside is not None:
-            await stack.enter_async_context(serving.beside(engine, operation))
+            await stack.enter_async_context(serving.beside(app.state.front))
         door.app = app
         operation.phases.finish(f"{operation.model} answers")
         yield

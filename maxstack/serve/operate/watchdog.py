@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 LIMIT_S = 60.0
 """A step has a bounded amount of work; one that takes longer than this, or ten times the slowest so far, is stuck."""
@@ -14,6 +14,7 @@ FAILURES = 5
 """Steps that fail one after another before the engine is called sick."""
 
 
+@runtime_checkable
 class Progress(Protocol):
     """What the engine's loop counts."""
 
@@ -21,6 +22,7 @@ class Progress(Protocol):
     failed: int
 
 
+@runtime_checkable
 class Watched(Protocol):
     """What is looked at of an engine."""
 
@@ -45,7 +47,7 @@ class Watchdog:
     suspended makes an engine look stuck."""
 
     def __init__(
-        self, engine: Watched, *, limit_s: float = LIMIT_S, tick_s: float = TICK_S,
+        self, engine: Watched, *, limit_s: int | float = LIMIT_S, tick_s: int | float = TICK_S,
         clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self._engine, self._limit_s, self.tick_s, self._clock = engine, limit_s, tick_s, clock
@@ -57,7 +59,7 @@ class Watchdog:
         """The slowest step so far, to the tick."""
 
     @property
-    def limit_s(self) -> float:
+    def limit_s(self) -> int | float:
         """Seconds after which a step is called stuck."""
         return max(self._limit_s, SLOWER * self.slowest_s)
 

@@ -1,11 +1,11 @@
 """The request of /v1/completions."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from maxstack.models.generation.params import MOST_LOGPROBS
-from maxstack.serve.http.schemas.base import Schema, Text, TokenId
+from maxstack.serve.http.schemas.base import Text, TokenId
 from maxstack.serve.http.schemas.chat import ResponseFormat
 from maxstack.serve.http.schemas.sampling import Sampling
 
@@ -25,6 +25,8 @@ class CompletionRequest(Sampling):
 
     prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    """The same of the prompt's tokens, in vLLM's form."""
     echo: bool | None = None
     suffix: Text | None = None
     response_format: ResponseFormat | None = None
@@ -34,12 +36,12 @@ class CompletionRequest(Sampling):
     @property
     def prompts(self) -> list[str | list[int]]:
         """One or several of them, as a list."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if isinstance(prompt[0], int):
-            return [list(prompt)]  # pyrefly: ignore
-        return list(prompt)  # pyrefly: ignore
+        return as_list(self.prompt)
 
 
-__all__ = ["CompletionRequest", "Ids", "Prompt", "Schema"]
+def as_list(prompt: Prompt) -> list[str | list[int]]:
+    """One prompt or several, as several."""
+    if isinstance(prompt, str):
+        return [prompt]
+    given: list[Any] = list(prompt)
+    return [given] if isinstance(given[0], int) else given

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from maxstack.models.generation.params import MOST_BIASES, MOST_LOGPROBS, SamplingParams
+from maxstack.models.generation.params import MOST_BIASES, SamplingParams
 from maxstack.serve.http.errors import refused
 from maxstack.serve.http.schemas.base import Name, Object, Schema, StreamOptions, Text, TokenId
 from maxstack.serve.request import PRIORITIES
@@ -58,7 +58,6 @@ class Sampling(Schema):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
     ignore_eos: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     priority: Annotated[int, Field(ge=-PRIORITIES, le=PRIORITIES)] | None = None
     """Higher is sooner."""
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] | None = None

@@ -1,0 +1,88 @@
+"""Clients that leave, early or in the middle: what they asked for ends at once, and its pages are free."""
+
+import json
+import threading
+
+import pytest
+
+from tests.serve.http import raw
+from tests.serve.http.serving import LETTERS, settle
+
+LONG = {"model": "tiny", "max_tokens": 240, "prompt": "go on", "logit_bias": LETTERS}
+
+
+def asked(url: str, body: dict, path: str = "/v1/completions"):
+    data = json.dumps(body).encode()
+    lines = ("Content-Type: application/json", f"Content-Length: {len(data)}")
+    return raw.head("POST", path, *lines, close=False) + data
+
+
+@pytest.fixture
+def ended(engine, monkeypatch):
+    """Reasons for which the engine was told to end requests."""
+    reasons = []
+    cancel = engine._loop.cancel
+    monkeypatch.setattr(
+        engine._loop, "cancel", lambda name, reason: (reasons.append(reason), cancel(name, reason))
+    )
+    return reasons
+
+
+def await_ends(ended: list, number: int) -> None:
+    tick = threading.Event()
+    for _ in range(1000):
+        if len(ended) >= number:
+            return
+        tick.wait(0.01)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+def test_who_leaves_ends_what_was_asked(url, engine, ended, stream, n):
+    with raw.connected(url) as line:
+        line.sendall(asked(url, LONG | {"stream": stream, "n": n}))
+        if stream:
+            assert b"data:" in line.recv(65536) + line.recv(65536)
+    await_ends(ended, n)
+    assert ended == ["cancelled"] * n
+    settle(engine)
+
+
+def test_who_leaves_before_the_first_token_ends_it_too(url, engine, ended, monkeypatch):
+    # Nothing comes: the news are held back.
+    monkeypatch.setattr(engine, "_hear", lambda news: None)
+    with raw.connected(url) as line:
+        line.sendall(asked(url, LONG | {"stream": True}))
+        threading.Event().wait(0.2)
+    await_ends(ended, 1)
+    assert ended == ["cancelled"]
+    monkeypatch.undo()
+    settle(engine)
+
+
+def test_an_error_inside_a_stream_is_an_error_event_and_the_stream_ends(url, engine, client, monkeypatch):
+    import openai
+
+    from maxstack.serve.errors import NotFinite
+    from maxstack.serve.loop import News
+
+    hear = engine._hear
+
+    def failing(news):
+        hear(
+            [
+                News(each.id, finish="error", error=NotFinite("logits are no finite numbers"))
+                if len(engine._open[each.id].answer.output.token_ids) > 100
+                else each
+                for each in news
+                if each.id in engine._open
+            ]
+        )
+
+    monkeypatch.setattr(engine, "_hear", failing)
+    stream = client.completions.create(**LONG, stream=True)
+    with pytest.raises(openai.APIError, match="finite") as failed:
+        list(stream)
+    assert failed.value.code == "generation_failed"
+    monkeypatch.undo()
+    settle(engine)
