@@ -78,6 +78,21 @@ class Front:
             code="model_not_found",
         )
 
+    def text_ids(self, text: str, *, begin: bool = True, special: bool = True) -> list[int]:
+        """A raw prompt as tokens. Its text is all the caller's, so it may name special tokens, as templates that were
+        rendered elsewhere do; it begins like a document, but not twice."""
+        own = self.tokenizer
+        ids = own.encode(text, special=special)
+        wanted = own.bos_id is not None and (not text or own.settings.get("add_bos_token") is not False)
+        return [own.bos_id, *ids] if begin and wanted and ids[:1] != [own.bos_id] else ids  # pyrefly: ignore
+
+    def ids_of(
+        self, prompts: Sequence[str | list[int]], begin: bool | None, special: bool | None
+    ) -> list[list[int]]:
+        """Prompts as tokens."""
+        how = {"begin": begin is not False, "special": special is not False}
+        return [self.text_ids(prompt, **how) if isinstance(prompt, str) else prompt for prompt in prompts]
+
     def room(self, prompt: Sequence[int], asked: int | None, default: int | None) -> int:
         """Tokens that an answer may have: as asked for, else what is left, `default` at most."""
         if asked is not None:

@@ -98,11 +98,7 @@ def ready(front: Front, asked: CompletionRequest, seen: Seen) -> Job:
     if asked.max_tokens == 0 and asked.answers > 1:
         raise refused("max_tokens is 0: then there is one answer, n must be 1", "n")
     front.check_budget(len(asked.prompts), asked.tries, asked.max_tokens or DEFAULT_NEW)
-    bare = asked.add_special_tokens is False
-    prompts = [
-        front.tokenizer.encode(prompt) if bare and isinstance(prompt, str) else list(front.engine.ids(prompt))
-        for prompt in asked.prompts
-    ]
+    prompts = front.ids_of(asked.prompts, asked.add_special_tokens, asked.parse_special)
     texts = [
         "" if not asked.echo else prompt if isinstance(prompt, str) else front.tokenizer.decode(prompt)
         for prompt in asked.prompts
