@@ -42,11 +42,13 @@ VERBS = {
     ),
     "generate": Verb("maxstack.models.generate_command", "continue a prompt with a trained model"),
     "chat": Verb("maxstack.chat.command", "talk with a model in the terminal, or through a pipe"),
+    "serve": Verb("maxstack.serve.command", "serve a model to OpenAI's clients, over HTTP and gRPC"),
     "convert": Verb("maxstack.models.convert_command", "write a model for transformers or llama.cpp"),
     "inspect": Verb("maxstack.inspect_command", "show a run, checkpoint, model folder or data shard"),
     "data": Verb("maxstack.data.command", "fetch and prepare training data"),
     "bench": Verb(
-        "maxstack.bench.command", "time the kernels on this machine beside what one would use instead"
+        "maxstack.bench.command",
+        "time the kernels on this machine beside what one would use instead, or a server under load",
     ),
     "demo": Verb("maxstack.demo", "from nothing to a trained model that speaks, with a report"),
 }

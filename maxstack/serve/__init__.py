@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from maxstack.models.adapters import AdapterSlots as AdapterSlots
     from maxstack.models.generation.params import SamplingParams as SamplingParams
     from maxstack.serve.blocking import Engine as Engine
     from maxstack.serve.engine import AsyncEngine as AsyncEngine
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 # jax is imported by the first use of what needs it, not by `import maxstack.serve`: the scheduler does without.
 HOME = {
+    "AdapterSlots": "maxstack.models.adapters",
     "AsyncEngine": "maxstack.serve.engine",
     "Delta": "maxstack.serve.output",
     "Engine": "maxstack.serve.blocking",

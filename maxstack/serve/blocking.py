@@ -13,6 +13,7 @@ from typing import Any, Self
 from maxstack.data.tokenizer import Tokenizer
 from maxstack.models.generation.params import SamplingParams
 from maxstack.models.transformer import Transformer
+from maxstack.serve.adapters import Adapters
 from maxstack.serve.embedding import Embedding
 from maxstack.serve.engine import AsyncEngine, Params, Prompt
 from maxstack.serve.output import Delta, Output
@@ -27,6 +28,11 @@ class Engine:
         self._events = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._events.run_forever, name="maxstack-answers", daemon=True)
         self._thread.start()
+
+    @property
+    def adapters(self) -> Adapters:
+        """Loads and unloads adapters by name."""
+        return self.asynchronous.adapters
 
     def warm_up(self) -> None:
         """Compile everything, and begin to work."""
@@ -64,6 +70,10 @@ class Engine:
     def embed(self, prompt: Prompt, pooling: str = "mean", **options: Any) -> Embedding:
         """The prompt as a vector."""
         return self._wait(self.asynchronous.embed(prompt, pooling, **options))
+
+    def swap_weights(self, model: Transformer, within_s: float | None = None) -> None:
+        """Serve other weights of the same shapes: requests that have begun finish on the old ones, others wait."""
+        self._wait(self.asynchronous.swap_weights(model, within_s))
 
     def abort(self, request_id: str) -> None:
         """End a request."""

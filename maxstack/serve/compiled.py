@@ -1,5 +1,6 @@
 """The closed table of compiled programs, and a count of whatever is compiled besides."""
 
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -22,18 +23,29 @@ class Compiled:
 
     def add(
         self, key: Any, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
-    ) -> Any:
-        """Want `function` compiled for (trees of) arrays or shapes like `arguments`; the shapes of what it returns."""
-        shapes, jitted = jax.tree.map(shape_of, arguments), jax.jit(function, donate_argnums=donate)
-        self._wanted[key] = (jitted, shapes)
-        return jitted.eval_shape(*shapes)
+    ) -> None:
+        """Want `function` compiled for (trees of) arrays or shapes like `arguments`."""
+        self._wanted[key] = (
+            jax.jit(function, donate_argnums=donate),
+            jax.tree.map(shape_of, arguments),
+        )
 
-    def compile(self, threads: int | None = None) -> None:
-        """Compile what is wanted, several at once: tracing takes turns, the compiler does not."""
+    def gives(self, key: Any) -> Any:
+        """The shapes of what a wanted program returns."""
+        function, shapes = self._wanted[key]
+        return function.eval_shape(*shapes)
+
+    def compile(self, threads: int | None = None, told: Callable[[int, int], None] | None = None) -> None:
+        """Compile what is wanted, several at once: tracing takes turns, the compiler does not. `told` hears of each
+        one that is done, and how many there are."""
+        done = itertools.count(1)
 
         def one(each: tuple[Any, tuple[Any, tuple]]) -> tuple[Any, Any]:
             key, (function, shapes) = each
-            return key, function.lower(*shapes).compile()
+            compiled = function.lower(*shapes).compile()
+            if told is not None:
+                told(next(done), len(self._wanted))
+            return key, compiled
 
         with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
             self._compiled |= dict(pool.map(one, self._wanted.items()))

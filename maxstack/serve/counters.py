@@ -87,6 +87,10 @@ class Counters:
 
     # Ours alone.
     plans: int = 0
+    weight_reads: int = 0
+    """Steps, each of which reads the weights: those that decode, and one for a plan's chunks."""
+    kv_tokens_read: int = 0
+    """Tokens whose keys and values steps that decode have read, counted by the rows' lengths when they were planned."""
     plan_tokens_dropped: int = 0
     """Tokens computed for sequences that had ended by then, or were given up."""
     chunk_padding_tokens: int = 0

@@ -5,7 +5,7 @@ tables and what rows were given are kept on the host too, as numpy; each launch 
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,19 +13,23 @@ import jax
 import numpy as np
 
 from maxstack.kernels.paged_attention import PageType
+from maxstack.models import adapters
 from maxstack.models.generation.params import SamplingParams, row_settings
 from maxstack.models.paged.forward import Chunk as Tokens
 from maxstack.models.paged.pools import init_pools
 from maxstack.models.transformer import TransformerConfig
-from maxstack.serve import programs
-from maxstack.serve.compiled import Compiled
+from maxstack.serve import programs, rooms
+from maxstack.serve.compiled import Compiled, shape_of
+from maxstack.serve.constrain.matching import Matching
 from maxstack.serve.embedding import Part, Pooled
 from maxstack.serve.plan import Chunk, Limits, Plan, Start
-from maxstack.serve.programs import ENDED, NOT_FINITE, TOKEN, Form, Prompts, Read, Steps, Told
+from maxstack.serve.programs import ENDED, NOT_FINITE, TOKEN, Form, Prompts, Read, Steps, Told, Weights
 from maxstack.serve.request import Result
 
 # Arrays on their way to the device: programs take them as its own, and their types say so.
 arrays: Any = np
+MASKS = 8
+"""Rows whose masks are written at once, so that one program does for all."""
 NEUTRAL = SamplingParams(temperature=0.0)
 NO_NUMBERS = "the logits of this request are no finite numbers"
 
@@ -37,8 +41,12 @@ class Asked:
     sampling: SamplingParams
     ends: tuple[int, ...]
     """Token ids that end it."""
+    matching: Matching | None = None
+    """The form that its answer must have."""
     pooled: bool = False
     """Its prompt's hidden states are wanted."""
+    adapter: int = 0
+    """Its adapter's number, 0 for none."""
 
     @property
     def penalised(self) -> bool:
@@ -85,14 +93,19 @@ class Found:
 class Device:
     """Weights, pools and rows of one model. Used by one thread."""
 
+    _pools: Any
+    _state: Any
+
     def __init__(
-        self, config: TransformerConfig, form: Form, weights: list[jax.Array], limits: Limits, kv_dtype: PageType,
+        self, config: TransformerConfig, form: Form, weights: Weights, limits: Limits, kv_dtype: PageType,
         buckets: Sequence[int] | None = None,
     ):  # fmt: skip
         self.config, self.limits, self.weights = config, limits, weights
         self._form = form
         self._table = arrays.full((limits.rows + 1, limits.table_width), -1, np.int32)
         self._generated = arrays.zeros(limits.rows + 1, np.int32)
+        self._adapters = arrays.zeros(limits.rows + 1, np.int32) if isinstance(weights, tuple) else None
+        self._room = jax.tree.map(shape_of, weights[1]) if isinstance(weights, tuple) else None
         self._programs = Compiled()
         self.buckets = buckets_up_to(limits.rows) if buckets is None else tuple(sorted(buckets))
         settings = row_settings([NEUTRAL], config.vocab_size)
@@ -111,9 +124,16 @@ class Device:
         self._pools, self._state = self._programs["empty"]()
         self._table[:] = -1
 
-    def warm_up(self) -> None:
-        """Compile every program that `launch` may want."""
+    def warm_up(self, told: Callable[[int, int], None] | None = None) -> None:
+        """Compile every program that `launch` may want; `told` hears how many are done, and of how many."""
         table, held = self._programs, (self._pools, self._state)
+        if self._room is not None:
+            axis = int(self._form.stacked)
+            new = jax.tree.map(lambda leaf: np.zeros(np.delete(leaf.shape, axis), leaf.dtype), self._room)
+            put_in = partial(adapters.put, axis=axis)
+            table.add("adapter", put_in, self.weights[1], np.int32(0), new, donate=(0,))
+        rows, words = self._nobody_bound()
+        table.add("allow", programs.allow, self._state.allowed_rw, rows, words, donate=(0,))
         table.add("seat", programs.seat, self._state, np.int32(0), *self._nothing_seen(), donate=(0,))
         for bucket in self.buckets:
             example = self._steps(np.zeros(bucket, np.int32), np.zeros(bucket, np.int32), 0)
@@ -126,7 +146,7 @@ class Device:
                 held,
                 self._prompts((), shape),
             )
-        table.compile()
+        table.compile(told=told)
 
     def _add_pair(self, key: Any, read: Any, keep: Any, held: tuple, example: Any) -> None:
         """The programs of a step: one that reads and writes, or one for each."""
@@ -139,9 +159,8 @@ class Device:
 
             self._programs.add(key, both, self.weights, pools, state, example, donate=(1, 2))
             return
-        said, written = self._programs.add(
-            (*key, "read"), partial(read, form), self.weights, pools, state, example
-        )
+        self._programs.add((*key, "read"), partial(read, form), self.weights, pools, state, example)
+        said, written = self._programs.gives((*key, "read"))
         self._programs.add(
             (*key, "keep"), partial(keep, form), pools, state, example, said, written, donate=(0, 1)
         )
@@ -159,6 +178,26 @@ class Device:
         )
         return said
 
+    def fitted(self, adapter: adapters.Adapter) -> Any:
+        """An adapter for `put_adapter`. Any thread may ask."""
+        if self._room is None:
+            raise ValueError("the device has no room for adapters")
+        return rooms.filled(adapter, self._room, self.config, stacked=self._form.stacked)
+
+    def put_adapter(self, slot: int, fitted: Any) -> None:
+        """Put an adapter in a place, counted from 0."""
+        leaves, room = self.weights
+        self.weights = leaves, self._programs["adapter"](room, np.int32(slot), fitted)
+
+    @property
+    def leaves(self) -> list[jax.Array]:
+        """The model's weights, without the room for adapters."""
+        return self.weights[0] if self._room is not None else self.weights
+
+    def put_weights(self, leaves: list[jax.Array]) -> None:
+        """Weights of the same shapes in the place of the old ones."""
+        self.weights = leaves if self._room is None else (leaves, self.weights[1])
+
     def launch(self, plan: Plan) -> Launched:
         """Start the device on a plan."""
         for start in plan.starts:
@@ -166,6 +205,7 @@ class Device:
         for changed in plan.tables:
             self._table[changed.row, : len(changed.pages)] = changed.pages
             self._table[changed.row, len(changed.pages) :] = -1
+        self._allow(plan)
         launched = Launched(plan)
         if plan.chunk_shape is not None:
             given = self._prompts(plan.chunks, plan.chunk_shape)
@@ -223,11 +263,30 @@ class Device:
         """A row gets a request."""
         asked: Asked = start.request.params
         self._generated[start.row] = len(start.tokens)
+        if self._adapters is not None:
+            self._adapters[start.row] = asked.adapter
         if asked.penalised:
             prompt_v, counts_v = self._nothing_seen()
             prompt_v[list(start.request.prompt)] = True
             np.add.at(counts_v, list(start.tokens), 1)
             self._state = self._programs["seat"](self._state, np.int32(start.row), prompt_v, counts_v)
+
+    def _allow(self, plan: Plan) -> None:
+        """Which tokens bound rows may say in this plan. Few are, in most plans none."""
+        parts = [*plan.decodes, *(chunk for chunk in plan.chunks if chunk.last)]
+        bound = [(part.row, part.request.params.matching) for part in parts]
+        bound = [(row, matching) for row, matching in bound if matching is not None]
+        for i in range(0, len(bound), MASKS):
+            rows, words = self._nobody_bound()
+            for j, (row, matching) in enumerate(bound[i : i + MASKS]):
+                rows[j], words[j] = row, matching.words_w
+            allowed = self._programs["allow"](self._state.allowed_rw, rows, words)
+            self._state = self._state._replace(allowed_rw=allowed)
+
+    def _nobody_bound(self) -> tuple[Any, Any]:
+        """Nobody's row, and its words, as often as masks are written at once."""
+        words = programs.words_for(self.config.vocab_size)
+        return arrays.full(MASKS, self.limits.rows, np.int32), arrays.zeros((MASKS, words), np.uint32)
 
     def _nothing_seen(self) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(self.config.vocab_size, bool), np.zeros(self.config.vocab_size, np.int32)
@@ -241,20 +300,23 @@ class Device:
         return rows, counts
 
     def _steps(self, rows: Any, counts: Any, step: int) -> Steps:
-        return Steps(rows, self._table[rows], counts, arrays.int32(step))
+        return Steps(rows, self._table[rows], counts, arrays.int32(step), self._adapters_of(rows))
+
+    def _adapters_of(self, rows: Any) -> Any:
+        return None if self._adapters is None else self._adapters[rows]
 
     def _prompts(self, chunks: Sequence[Chunk], shape: tuple[int, int]) -> Prompts:
         """Chunks as arrays of a shape, filled up with nobody's."""
         b, t = shape
-        rows, last = arrays.full(b, self.limits.rows, np.int32), arrays.zeros(b, bool)
-        pooled = arrays.zeros(b, bool)
+        rows = arrays.full(b, self.limits.rows, np.int32)
+        last, bound, pooled = (arrays.zeros(b, bool) for _ in range(3))
         lengths, counts, documents, left = (arrays.zeros(b, np.int32) for _ in range(4))
         tokens, following = arrays.zeros((b, t), np.int32), arrays.full((b, t), -1, np.int32)
         for i, chunk in enumerate(chunks):
             request = chunk.request
             rows[i], lengths[i], counts[i] = chunk.row, chunk.start, chunk.count
             tokens[i, : chunk.count] = chunk.tokens
-            documents[i] = len(request.prompt)
+            documents[i], bound[i] = len(request.prompt), request.params.matching is not None
             last[i] = chunk.last and request.max_tokens > 0
             left[i] = request.max_tokens - self._generated[chunk.row]
             pooled[i] = request.params.pooled
@@ -268,8 +330,8 @@ class Device:
             [one.ends for one in asked],
             documents.tolist(),
         )
-        chunk = Tokens(tokens, self._table[rows], lengths, counts, documents)
-        return Prompts(rows, chunk, last, left, settings, following, pooled)
+        chunk = Tokens(tokens, self._table[rows], lengths, counts, documents, self._adapters_of(rows))
+        return Prompts(rows, chunk, last, left, settings, bound, following, pooled)
 
 
 def check_finite(found: Found, row: int, values: np.ndarray) -> None:

@@ -1,21 +1,28 @@
 """A model that answers many at once, for async code; `blocking.Engine` is for any other."""
 
 import asyncio
+import dataclasses
 import itertools
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol, runtime_checkable
+
+import jax
 
 from maxstack.config import UserError
 from maxstack.data.tokenizer import Tokenizer
 from maxstack.kernels.paged_attention import PageType
+from maxstack.models.adapters import Adapter, AdapterSlots
 from maxstack.models.generate import prompt_ids
 from maxstack.models.generation.checks import check_request
 from maxstack.models.generation.params import SamplingParams
 from maxstack.models.rope import BY_LENGTH
 from maxstack.models.transformer import Transformer, TransformerConfig
-from maxstack.serve import choices
+from maxstack.serve import choices, rooms, swapping
+from maxstack.serve.adapters import Adapters
+from maxstack.serve.constrain.matching import Compiled as Constrained
 from maxstack.serve.device import Asked, Device
 from maxstack.serve.embedding import Embedding, Pool, embed
 from maxstack.serve.errors import EngineDead
@@ -49,35 +56,52 @@ class AsyncEngine:
         end_ids: Sequence[int] | None = None,
         on: str | None = None,
         buckets: Sequence[int] | None = None,
+        adapters: AdapterSlots | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         """`limits` are by default what fits this machine; `kv_dtype` is the type of the cache's numbers, by default
         the model's compute type. `end_ids` end an answer (by default the tokenizer's `stop_ids`). `on` is the platform
         whose form of the programs is used: that at hand, unless told otherwise. `buckets` are the numbers of rows that
-        decode steps are compiled for, by default the powers of two and all rows."""
+        decode steps are compiled for, by default the powers of two and all rows. `adapters` is the room for adapters:
+        none by default, and then they cost nothing."""
         self.config, self.tokenizer = model.config, tokenizer
         kv_dtype = model.config.dtype if kv_dtype is None else kv_dtype
         self.limits = default_limits(model.config, kv_dtype) if limits is None else limits
-        form, weights = form_for(model, on)
+        self.on = on
+        form, weights = form_for(model, on, adapters)
         device = Device(model.config, form, weights, self.limits, kv_dtype, buckets)
         self._loop = Loop(device, Scheduler(self.limits), self._deliver, clock)
+        self.adapters = Adapters(adapters, model.config, rooms.names(model, adapters), self._put_adapter)
+        """Loads and unloads adapters by name."""
         self._thread = threading.Thread(target=self._loop.run, name="maxstack-engine", daemon=True)
         self._clock, self._numbers = clock, itertools.count()
         self._open: dict[str, Stream] = {}
         default = () if tokenizer is None else tokenizer.stop_ids
         self.end_ids = frozenset(default if end_ids is None else end_ids)
         self._by_length = scales_by_length(model.config)
+        self.observer: Observer | None = None
 
-    def warm_up(self) -> None:
-        """Compile everything, and begin to work. `stream` and the like do it first where nobody has."""
+    def warm_up(self, told: Callable[[int, int], None] | None = None) -> None:
+        """Compile everything, and begin to work. `stream` and the like do it first where nobody has. `told` hears
+        how many programs are compiled, and of how many."""
         if not self._thread.ident:
-            self._loop.device.warm_up()
+            self._loop.device.warm_up(told)
             self._thread.start()
 
     @property
     def progress(self) -> Progress:
         """What a watchdog looks at."""
         return self._loop.progress
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights on the device."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._loop.device.weights))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether some request is not over yet."""
+        return self._loop.has_work
 
     @property
     def dead(self) -> BaseException | None:
@@ -147,17 +171,30 @@ class AsyncEngine:
         """The prompt's log-probabilities (`prompt_logprobs`); nothing is generated."""
         return await choices.score(self, prompt, most, **options)
 
+    async def swap_weights(self, model: Transformer, within_s: float | None = None) -> None:
+        """Serve other weights of the same shapes: requests that have begun finish on the old ones, others wait."""
+        self.warm_up()
+        await swapping.swap_weights(self, model, within_s)
+
+    @property
+    def leaves(self) -> list[jax.Array]:
+        """The weights as the device has them."""
+        return self._loop.device.leaves
+
     async def embed(self, prompt: Prompt, pooling: str = "mean", **options: Any) -> Embedding:
         """The prompt as a vector."""
         return await embed(self, prompt, pooling, **options)
 
     def open(
         self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0,
-        deadline_s: float | None = None, tenant: str = "", pooling: str | None = None,
+        deadline_s: float | None = None, tenant: str = "", adapter: str | None = None,
+        pooling: str | None = None, constraint: Constrained | None = None, keep: Collection[str] = (),
     ) -> Stream:  # fmt: skip
         """Ask, from a coroutine. Raises UserError for what cannot be served; `deadline_s` is seconds from now.
 
         With max_tokens 0 the prompt is only read, for its log-probabilities or, with `pooling`, for its embedding.
+        `constraint` is what `Grammars.compile` gave: the answer has that form, or ends with "length". `keep` are
+        special tokens whose texts are wanted in the answer's: marks of tool calls.
         """
         if self.dead is not None:
             raise EngineDead(str(self.dead))
@@ -170,22 +207,51 @@ class AsyncEngine:
         now, name = self._clock(), request_id or f"request-{next(self._numbers)}"
         if name in self._open:
             raise UserError(f"request id {name!r} is in use: leave it out, or give each request its own")
-        request = Request(
-            id=name, prompt=ids, max_tokens=params.max_tokens, arrived=now, priority=priority,
-            deadline=None if deadline_s is None else now + deadline_s, tenant=tenant,
-            # Rotation that depends on a prompt's length makes other keys of the same tokens.
-            adapter=f"of {len(ids)}" if self._by_length else "",
-            use_cache=params.prompt_logprobs is None and pooling != "mean",
-            params=Asked(params, tuple(sorted(params.ends(self.end_ids))), pooled=pooling is not None),
+        matching = None
+        if constraint is not None:
+            matching = constraint.start(params, params.ends(self.end_ids), self.config.vocab_size)
+            # The grammar sees to both: an end may be all that it has left.
+            params = dataclasses.replace(params, min_tokens=0, ignore_eos=False)
+        held = None if adapter is None else self.adapters.take(adapter)
+        # Rotation that depends on a prompt's length makes other keys of the same tokens.
+        salt = ("" if held is None else held.salt) + (f" of {len(ids)}" if self._by_length else "")
+        asked = Asked(
+            params, tuple(sorted(params.ends(self.end_ids))), pooled=pooling is not None,
+            adapter=0 if held is None else held.number, matching=matching,
         )  # fmt: skip
+        try:
+            request = Request(
+                id=name, prompt=ids, max_tokens=params.max_tokens, arrived=now, priority=priority,
+                deadline=None if deadline_s is None else now + deadline_s, tenant=tenant, adapter=salt,
+                use_cache=params.prompt_logprobs is None and pooling != "mean",
+                stepwise=matching is not None, params=asked,
+            )  # fmt: skip
+        except ValueError:
+            if held is not None:
+                self.adapters.release(held)
+            raise
         pool = None if pooling is None else Pool(pooling)
-        answer = Answer(name, ids, params, self.tokenizer, self.end_ids, pool)
-        stream = self._open[name] = Stream(answer, asyncio.get_running_loop())
+        answer = Answer(name, ids, params, self.tokenizer, self.end_ids, pool, keep)
+        stream = self._open[name] = Stream(answer, asyncio.get_running_loop(), self._clock, held)
         self._loop.submit(request)
         if self.dead is not None:  # it has stopped meanwhile, and looks at nothing any more
-            self._open.pop(name, None)
+            self._forget(name)
             raise EngineDead(str(self.dead))
+        if self.observer is not None:
+            self.observer.opened(stream)
         return stream
+
+    def _forget(self, request_id: str) -> Stream | None:
+        """Out of the books; the adapter that it used may go."""
+        stream = self._open.pop(request_id, None)
+        if stream is not None and stream.adapter is not None:
+            self.adapters.release(stream.adapter)
+        return stream
+
+    def _put_adapter(self, slot: int, adapter: Adapter) -> "Future[None]":
+        self.warm_up()
+        fitted = self._loop.device.fitted(adapter)
+        return self._loop.call(lambda: self._loop.device.put_adapter(slot, fitted))
 
     def ids(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt as tokens: text as the start of a document."""
@@ -197,7 +263,7 @@ class AsyncEngine:
 
     def abort(self, request_id: str) -> None:
         """End a request; nothing where it is over."""
-        stream = self._open.pop(request_id, None)
+        stream = self._forget(request_id)
         if stream is not None and not stream.answer.done:
             self._loop.cancel(request_id, "cancelled")
             stream.take(News(request_id, finish="cancelled"))
@@ -219,7 +285,7 @@ class AsyncEngine:
                 loop.call_soon_threadsafe(self._hear, own)
             except RuntimeError:  # the loop is closed: nobody waits for these any more
                 for each in own:
-                    self._open.pop(each.id, None)
+                    self._forget(each.id)
                     self._loop.cancel(each.id, "cancelled")
 
     def _hear(self, news: list[News]) -> None:
@@ -228,9 +294,17 @@ class AsyncEngine:
                 continue
             stream.take(each)
             if stream.answer.done:
-                del self._open[each.id]
+                self._forget(each.id)
                 if each.finish is None:  # a stop string, which the device does not know
                     self._loop.cancel(each.id, "stop")
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Hears of every request, in the event loop of whoever asks."""
+
+    def opened(self, stream: "Stream") -> None:
+        """It was asked for, in the context of the caller."""
 
 
 def scales_by_length(config: TransformerConfig) -> bool:

@@ -15,5 +15,9 @@ class StepFailed(RequestFailed):
     """The device failed in a step that the request was part of, more often than it is tried again."""
 
 
+class ConstraintFailed(RequestFailed):
+    """The answer could not go on in the form that it was to have."""
+
+
 class EngineDead(RequestFailed):
     """The engine has stopped: it was closed, or met a fault that it cannot go on after."""

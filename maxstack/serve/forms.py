@@ -4,58 +4,77 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from maxstack.kernels import cpu_native
-from maxstack.models.generation.weights import cast_products, unstack
+from maxstack.models.adapters import AdapterSlots
+from maxstack.models.generation.weights import Unstacked, cast_products, unstack
 from maxstack.models.paged import forward
 from maxstack.models.remat import platform
 from maxstack.models.transformer import Transformer, TransformerConfig
-from maxstack.serve.programs import Form
+from maxstack.serve import rooms
+from maxstack.serve.programs import Form, Weights
 
 
-def form_for(model: Transformer, on: str | None = None) -> tuple[Form, list[Array]]:
+def form_for(
+    model: Transformer, on: str | None = None, slots: AdapterSlots | None = None
+) -> tuple[Form, Weights]:
     """The form for a platform ("cpu", "cuda", "tpu"; by default the one at hand), and the weights as it takes them.
 
-    On a CPU those are a copy, laid out anew: let go of the model if memory is short.
+    On a CPU those are a copy, laid out anew: let go of the model if memory is short. With `slots` there is room for
+    adapters beside them.
     """
     if (on or platform()) == "cpu":
-        leaves, treedef = jax.tree.flatten(unstack(model))
-        return written_out(model.config, treedef, in_place=writes_in_place(model.config)), leaves
+        unstacked = unstack(model)
+        leaves, treedef = jax.tree.flatten(unstacked)
+        form = written_out(model.config, treedef, slots is not None, in_place=writes_in_place(model.config))
+        return form, leaves if slots is None else (leaves, rooms.beside_layers(unstacked, slots))
     leaves, treedef = jax.tree.flatten(cast_products(model, jnp.dtype(model.config.dtype)))
-    return scanned(treedef), leaves
+    form = scanned(treedef, slots is not None)
+    return form, leaves if slots is None else (leaves, rooms.beside_stacks(model, slots))
 
 
-def scanned(treedef: Any) -> Form:
+def scanned(treedef: Any, adapted: bool = False) -> Form:
     """For accelerators: a scan over stacked layers, the pools carried and written in place."""
 
-    def advance(leaves, pools, chunk):
-        return forward.advance(jax.tree.unflatten(treedef, leaves), pools, chunk)
+    def model_of(weights: Weights) -> Transformer:
+        return jax.tree.unflatten(treedef, weights[0] if adapted else weights)
 
-    def logits(leaves, x):
-        model = jax.tree.unflatten(treedef, leaves)
+    def advance(weights, pools, chunk):
+        model = model_of(weights)
+        if adapted:
+            model = rooms.into_stacks(model, weights[1], chunk.adapters_b)
+        return forward.advance(model, pools, chunk)
+
+    def logits(weights, x):
+        model = model_of(weights)
         return model.logits(model.final_norm(x))
 
-    def hidden(leaves, x):
-        return jax.tree.unflatten(treedef, leaves).final_norm(x)
+    def hidden(weights, x):
+        return model_of(weights).final_norm(x)
 
     return Form(advance, logits, hidden, None)
 
 
-def written_out(config: TransformerConfig, treedef: Any, *, in_place: bool) -> Form:
+def written_out(config: TransformerConfig, treedef: Any, adapted: bool = False, *, in_place: bool) -> Form:
     """For CPUs."""
 
-    def advance(leaves, pools, chunk):
-        return forward.read(config, jax.tree.unflatten(treedef, leaves), pools, chunk, writes=in_place)
+    def model_of(weights: Weights) -> Unstacked:
+        return jax.tree.unflatten(treedef, weights[0] if adapted else weights)
 
-    def logits(leaves, x):
-        model = jax.tree.unflatten(treedef, leaves)
+    def advance(weights, pools, chunk):
+        model = model_of(weights)
+        if adapted:
+            model = rooms.into_layers(model, weights[1], chunk.adapters_b)
+        return forward.read(config, model, pools, chunk, writes=in_place)
+
+    def logits(weights, x):
+        model = model_of(weights)
         return model.logits(model.outer.final_norm(x))
 
-    def hidden(leaves, x):
-        return jax.tree.unflatten(treedef, leaves).outer.final_norm(x)
+    def hidden(weights, x):
+        return model_of(weights).outer.final_norm(x)
 
-    return Form(advance, logits, hidden, None if in_place else forward.keep)
+    return Form(advance, logits, hidden, None if in_place else forward.keep, stacked=False)
 
 
 def writes_in_place(config: TransformerConfig) -> bool:

@@ -6,14 +6,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from maxstack.serve.compiled import Compilations
+from maxstack.serve.constrain.matching import Matching
 from maxstack.serve.device import Device, Found, Launched, Logprobs
 from maxstack.serve.embedding import Part
-from maxstack.serve.errors import EngineDead, NotFinite, RequestFailed, StepFailed
+from maxstack.serve.errors import ConstraintFailed, EngineDead, NotFinite, RequestFailed, StepFailed
 from maxstack.serve.request import Event, Full, Refused, Request
 from maxstack.serve.scheduler import Scheduler
+from maxstack.serve.swapping import Swap, SwapFailed
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +43,8 @@ class News:
     finish: str | None = None
     error: Exception | None = None
     cached: int = 0
+    admitted: int | float | None = None
+    """When it was given a row, on the engine's clock; None before."""
 
 
 @dataclass
@@ -49,6 +55,10 @@ class Progress:
     """Plans that are done."""
     busy_since: float | None = None
     """When the device was last given work or gave results, while there is some under way; None when it rests."""
+    busy_s: float = 0.0
+    """Seconds that the device has had work, up to the last result."""
+    failed: int = 0
+    """Steps that failed since the last one that did not."""
 
     def stuck_for(self, now: float) -> float:
         """Seconds that the device has been busy without a result; 0 when it rests."""
@@ -73,7 +83,14 @@ class Loop:
         self._inbox: queue.SimpleQueue[Callable[[], list[News]] | None] = queue.SimpleQueue()
         self._under_way: deque[Launched] = deque()
         self._known: set[str] = set()
+        self._bound: dict[str, Matching] = {}
+        self._swap: Swap | None = None
         self._stopped = threading.Event()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether somebody waits for something; any thread may ask."""
+        return bool(self._known) or not self._inbox.empty()
 
     def submit(self, request: Request) -> None:
         """Queue a request; what becomes of it is delivered."""
@@ -82,6 +99,58 @@ class Loop:
     def cancel(self, request_id: str, reason: str) -> None:
         """End a request, for a reason that is delivered as its finish; nothing where it is over already."""
         self._inbox.put(lambda: self._cancel(request_id, reason))
+
+    def call(self, function: Callable[[], None]) -> "Future[None]":
+        """Have the engine's thread do something between two plans."""
+        future: Future[None] = Future()
+
+        def run() -> list[News]:
+            try:
+                future.set_result(function())
+            except STEP_ERRORS as error:
+                future.set_exception(error)
+            return []
+
+        self._inbox.put(run)
+        if self.dead is not None and not future.done():
+            future.set_exception(EngineDead(str(self.dead)))
+        return future
+
+    def swap(self, leaves: list[Any], within_s: float | None) -> "Future[None]":
+        """Have other weights put in place as soon as all that has begun is over; what has not begun waits for it."""
+        until = None if within_s is None else self._clock() + within_s
+        swap = Swap(lambda: self.device.put_weights(leaves), until)
+
+        def begin() -> None:
+            if self._swap is not None:
+                raise RuntimeError("other weights are waiting to be put in place already; try again later")
+            self._swap, self.scheduler.holding = swap, True
+
+        refused = self.call(begin)
+        refused.add_done_callback(lambda begun: copied(begun.exception(), swap.done))
+        return swap.done
+
+    def _exchange(self) -> None:
+        """Put other weights in place where they can be, or give up."""
+        swap = self._swap
+        if swap is None:
+            return
+        fault: Exception | None = None
+        if self.scheduler.started or self._under_way:
+            if swap.until is None or self._clock() < swap.until:
+                return
+            fault = SwapFailed("requests on the old weights are not over yet; the old weights stay")
+        self._swap, self.scheduler.holding = None, False
+        if fault is None:
+            try:
+                swap.exchange()
+                self.scheduler.forget_prefixes()
+            except STEP_ERRORS as error:
+                fault = error
+        if fault is None:
+            swap.done.set_result(None)
+        else:
+            swap.done.set_exception(fault)
 
     def stop(self) -> None:
         """Have `run` return; requests that are not over fail."""
@@ -107,6 +176,7 @@ class Loop:
     def turn(self) -> bool:
         """Take in what came, launch a plan, collect the results of the oldest; False if there was nothing to do."""
         self._take_in()
+        self._exchange()
         try:
             return self._step()
         except STEP_ERRORS as error:
@@ -135,30 +205,68 @@ class Loop:
         self._under_way.popleft()
         now = self._clock()
         events = self.scheduler.done(launched.plan, found.results, now)
-        self.progress.steps += 1
-        self.progress.busy_since = now if self._under_way else None
+        events += self._follow(events, now)
+        progress = self.progress
+        progress.steps += 1
+        progress.failed = 0
+        progress.busy_s += progress.stuck_for(now)
+        progress.busy_since = now if self._under_way else None
         self._tell(self._news(events, found))
+
+    def _follow(self, events: list[Event], now: float) -> list[Event]:
+        """Bound answers go on in their grammars, while the device works; what that ends is told.
+
+        A grammar knows the tokens that callers were told of and no others, so that nothing is to be undone when rows
+        are preempted or steps fail.
+        """
+        for event in events:
+            matching = self._bound.get(event.id)
+            if matching is None or event.finish is not None:
+                continue
+            matching.take(event.tokens)
+            if matching.fault is not None:
+                self.scheduler.cancel(event.id, "error", now)
+            elif matching.over:
+                self.scheduler.cancel(event.id, "stop", now)
+        return self.scheduler.events()
 
     def _news(self, events: list[Event], found: Found) -> list[News]:
         told = []
         for event in events:
-            error = None if event.error is None and event.finish != "error" else failure(event.error)
+            error = self._error(event) if event.finish == "error" else None
             logprobs = found.logprobs.get(event.id)
             if logprobs is not None:
                 logprobs = logprobs[: len(event.tokens)]
             prompt, pooled = found.prompts.pop(event.id, None), found.pooled.pop(event.id, None)
             told.append(
-                News(event.id, event.tokens, logprobs, prompt, pooled, event.finish, error, event.cached)
+                News(
+                    event.id,
+                    event.tokens,
+                    logprobs,
+                    prompt,
+                    pooled,
+                    event.finish,
+                    error,
+                    event.cached,
+                    event.admitted,
+                )
             )
         # Of prompts that were read in part, with no token yet.
         told += [News(request_id, prompt=prompt) for request_id, prompt in found.prompts.items()]
         told += [News(request_id, pooled=part) for request_id, part in found.pooled.items()]
         return told
 
+    def _error(self, event: Event) -> RequestFailed:
+        matching = self._bound.get(event.id)
+        if event.error is None and matching is not None and matching.fault is not None:
+            return ConstraintFailed(matching.fault)
+        return failure(event.error)
+
     def _recover(self, error: str) -> None:
         """After a failed step, which may have taken the cache along: all of it is made anew."""
         self._under_way.clear()
         self.progress.busy_since = None
+        self.progress.failed += 1
         self.device.reset()
         self._tell(self._news(self.scheduler.lost(self._clock(), error), Found()))
 
@@ -186,6 +294,8 @@ class Loop:
         except (Full, Refused) as error:
             return [News(request.id, finish="error", error=error)]
         self._known.add(request.id)
+        if request.params.matching is not None:
+            self._bound[request.id] = request.params.matching
         return []
 
     def _cancel(self, request_id: str, reason: str) -> list[News]:
@@ -194,14 +304,25 @@ class Loop:
 
     def _tell(self, news: list[News]) -> None:
         if news:
-            self._known -= {each.id for each in news if each.finish is not None}
+            over = {each.id for each in news if each.finish is not None}
+            self._known -= over
+            for request_id in over & self._bound.keys():
+                del self._bound[request_id]
             self._deliver(news)
 
     def _answer_all(self, error: BaseException) -> None:
         """Requests that are not over, and those that have just come, fail."""
         self._take_in()
         failed = error if isinstance(error, Exception) else EngineDead(str(error))
+        if self._swap is not None:
+            self._swap.done.set_exception(failed)
         self._tell([News(request_id, finish="error", error=failed) for request_id in self._known])
+
+
+def copied(error: BaseException | None, future: "Future[None]") -> None:
+    """Let a future fail as another one did, if it did."""
+    if error is not None:
+        future.set_exception(error)
 
 
 def failure(text: str | None) -> RequestFailed:

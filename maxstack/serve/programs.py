@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from maxstack.models.generation.params import MOST_LOGPROBS, RowSettings
-from maxstack.models.generation.sampling import Chosen, Seen, choose
+from maxstack.models.generation.sampling import Allowed, Chosen, Seen, choose
 from maxstack.models.paged.forward import Chunk
 from maxstack.models.paged.pools import Pools
 from maxstack.serve.embedding import Pooled, pool
@@ -36,6 +36,10 @@ class RowState(NamedTuple):
     settings: RowSettings
     seen: Seen
     """Kept for all rows, right only for those with penalties."""
+    bound_r: Bool[Array, "r"]
+    """Whether the row may only say some tokens."""
+    allowed_rw: UInt32[Array, "r w"]
+    """Which, one bit a token; right only for rows that are bound."""
 
 
 class Steps(NamedTuple):
@@ -47,6 +51,8 @@ class Steps(NamedTuple):
     """Steps of this plan that the row takes part in."""
     step: Int[Array, ""]
     """Which of them this is."""
+    adapters_b: Int[Array, "b"] | None = None
+    """Each row's adapter, as in `Chunk`."""
 
 
 class Prompts(NamedTuple):
@@ -59,6 +65,7 @@ class Prompts(NamedTuple):
     left_b: Int[Array, "b"]
     """Tokens that the row may produce from here on."""
     settings: RowSettings
+    bound_b: Bool[Array, "b"]
     following_bt: Int[Array, "b t"]
     """The token after each of the chunk's, for the prompt's log-probabilities; -1 where nobody asks."""
     pooled_b: Bool[Array, "b"]
@@ -83,16 +90,22 @@ class Read(NamedTuple):
     top_logprobs_btm: Float[Array, "b t m"]
 
 
+Weights = Any
+"""A list of arrays; where there is room for adapters, a pair of it and the room."""
+
+
 class Form(NamedTuple):
     """How a model runs on a platform."""
 
-    advance: Callable[[list[Array], Pools, Chunk], tuple[Array, Any]]
+    advance: Callable[[Weights, Pools, Chunk], tuple[Array, Any]]
     """(weights, pools, chunk) -> residual stream, and what `keep` takes: or, without one, the pools."""
-    logits: Callable[[list[Array], Array], Array]
+    logits: Callable[[Weights, Array], Array]
     """(weights, residual stream) -> float32 logits."""
-    hidden: Callable[[list[Array], Array], Array]
+    hidden: Callable[[Weights, Array], Array]
     """(weights, residual stream) -> what the output projection reads."""
     keep: Callable[[Pools, Any, Chunk], Pools] | None
+    stacked: bool = True
+    """Weights of layers, and the room for adapters beside them, have an axis for repeats in front."""
 
 
 def empty_rows(rows: int, vocab_size: int, settings: RowSettings) -> RowState:
@@ -104,6 +117,8 @@ def empty_rows(rows: int, vocab_size: int, settings: RowSettings) -> RowState:
         left_r=zeros,
         settings=jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf), rows, axis=0), settings),
         seen=Seen(jnp.zeros((rows, vocab_size), bool), jnp.zeros((rows, vocab_size), jnp.int32)),
+        bound_r=jnp.zeros((rows,), bool),
+        allowed_rw=jnp.zeros((rows, words_for(vocab_size)), jnp.uint32),
     )
 
 
@@ -112,7 +127,9 @@ def chunk_of(state: RowState, steps: Steps) -> Chunk:
     lengths_b = state.lengths_r[steps.rows_b]
     active_b = (state.left_r[steps.rows_b] > 0) & (steps.step < steps.counts_b)
     tokens_b1 = state.next_r[steps.rows_b][:, None]
-    return Chunk(tokens_b1, steps.table_bp, lengths_b, active_b.astype(jnp.int32), lengths_b + 1)
+    return Chunk(
+        tokens_b1, steps.table_bp, lengths_b, active_b.astype(jnp.int32), lengths_b + 1, steps.adapters_b
+    )
 
 
 def decode_read(form: Form, weights, pools: Pools, state: RowState, steps: Steps) -> tuple[Told, Any]:
@@ -121,7 +138,8 @@ def decode_read(form: Form, weights, pools: Pools, state: RowState, steps: Steps
     x_b1d, written = form.advance(weights, pools, chunk)
     settings = jax.tree.map(lambda leaf: leaf[steps.rows_b], state.settings)
     logits_bv = form.logits(weights, x_b1d)[:, 0]
-    chosen = choose(logits_bv, settings, state.seen, chunk.lengths_b + 1, steps.rows_b)
+    allowed = Allowed(state.bound_r[steps.rows_b], state.allowed_rw)
+    chosen = choose(logits_bv, settings, state.seen, chunk.lengths_b + 1, steps.rows_b, allowed)
     return told(logits_bv, chosen, chunk.counts_b > 0, settings.ends), written
 
 
@@ -155,7 +173,8 @@ def prompts_read(
     last_b1d = jnp.take_along_axis(x_btd, at_b[:, None, None], axis=1)
     logits_bv = form.logits(weights, last_b1d)[:, 0]
     positions_b = chunk.lengths_b + chunk.counts_b
-    chosen = choose(logits_bv, prompts.settings, state.seen, positions_b, prompts.rows_b)
+    allowed = Allowed(prompts.bound_b, state.allowed_rw)
+    chosen = choose(logits_bv, prompts.settings, state.seen, positions_b, prompts.rows_b, allowed)
     said = told(logits_bv, chosen, prompts.last_b, jnp.asarray(prompts.settings.ends))
     read = prompt_logprobs(form, weights, x_btd, prompts.following_bt)
     return (said, read, pool(form, weights, x_btd, chunk.counts_b, prompts.pooled_b)), written
@@ -176,6 +195,7 @@ def prompts_keep(
         left_r=put(state.left_r, jnp.where(first.status_b == TOKEN, prompts.left_b - 1, 0)),
         settings=jax.tree.map(put, state.settings, prompts.settings),
         seen=counted(state.seen, rows, first),
+        bound_r=put(state.bound_r, prompts.bound_b),
     )
     return (written if form.keep is None else form.keep(pools, written, chunk)), state
 
@@ -237,3 +257,15 @@ def seat(state: RowState, row: Array, prompt_v: Bool[Array, "v"], counts_v: Int[
     """A row with what it has had before it starts, for those with penalties."""
     seen = Seen(state.seen.prompt_bv.at[row].set(prompt_v), state.seen.counts_bv.at[row].set(counts_v))
     return state._replace(seen=seen)
+
+
+def allow(
+    allowed_rw: UInt32[Array, "r w"], rows_m: Int[Array, "m"], words_mw: UInt32[Array, "m w"]
+) -> UInt32[Array, "r w"]:
+    """What all rows may say, with that of some of them new."""
+    return allowed_rw.at[rows_m].set(words_mw)
+
+
+def words_for(vocab_size: int) -> int:
+    """Words of 32 bits for one bit a token."""
+    return -(-vocab_size // 32)

@@ -1,9 +1,11 @@
 """One request's answer in the event loop of whoever asked."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 
+from maxstack.serve.adapters import Held
 from maxstack.serve.loop import News
 from maxstack.serve.output import Answer, Delta, Output
 
@@ -11,8 +13,16 @@ from maxstack.serve.output import Answer, Delta, Output
 class Stream:
     """One request's answer, as its event loop sees it."""
 
-    def __init__(self, answer: Answer, loop: asyncio.AbstractEventLoop):
-        self.answer, self.loop = answer, loop
+    def __init__(
+        self, answer: Answer, loop: asyncio.AbstractEventLoop, clock: Callable[[], float] = time.monotonic,
+        adapter: Held | None = None,
+    ):  # fmt: skip
+        self.answer, self.loop, self.adapter = answer, loop, adapter
+        self._clock, self.asked = clock, clock()
+        self.admitted: float | None = None
+        self.first: float | None = None
+        self.ended: float | None = None
+        """When it was asked for, given a row, answered with a first token, and done, on the engine's clock."""
         self._new: deque[Delta] = deque()
         self._waiting: asyncio.Future[None] | None = None
         self._wants_all = False
@@ -24,7 +34,13 @@ class Stream:
 
     def take(self, news: News) -> None:
         """Take in news, in the event loop."""
+        if self.admitted is None:
+            self.admitted = news.admitted
+        if self.first is None and news.tokens:
+            self.first = self._clock()
         delta = self.answer.take(news)
+        if self.answer.done and self.ended is None:
+            self.ended = self._clock()
         if not self._wants_all:
             self._new.append(delta)
         if (

@@ -133,7 +133,7 @@ def test_a_closed_or_broken_engine_says_so(engine, monkeypatch):
     broken = AsyncEngine(build(config), limits=LIMITS, buckets=(1, 4))
     # Compiled already: the table of the other one serves the same shapes.
     broken._loop.device._programs = engine.asynchronous._loop.device._programs
-    monkeypatch.setattr(broken._loop.device, "warm_up", lambda: None)
+    monkeypatch.setattr(broken._loop.device, "warm_up", lambda told: None)
     monkeypatch.setattr(broken._loop.device, "launch", lambda plan: {}[plan])
     caught = []
     monkeypatch.setattr(threading, "excepthook", lambda args: caught.append(args.exc_type))

@@ -94,6 +94,19 @@ class Assembly:
         self._first = False
         return self._stripped(text)
 
+    def bytes_of(self, token: str) -> bytes:
+        """What a token adds to a text that has begun, also where that is part of a character."""
+        table = _byte_of()
+        if self._byte_level and all(char in table for char in token):
+            return bytes(map(table.__getitem__, token))
+        if self._fallback and (byte := BYTE.fullmatch(token)):
+            return bytes([int(byte[1], 16)])
+        for old, new in self._replace:
+            token = token.replace(old, new)
+        if self._metaspace:
+            token = token.replace(self._metaspace["replacement"], " ")
+        return (self._glue + token).encode()
+
     def end(self) -> str:
         """What is still held back: bytes of an incomplete character, as U+FFFD."""
         if self._byte_level:

@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from maxstack.models.generation.params import MOST_LOGPROBS, RowSettings
 
 SMALLEST_TEMPERATURE = 1e-6
+LEAST = -1e30
+"""Above -inf, and below it still when divided by the smallest temperature."""
 # Tokens that a draw sums at a time; the square root of a vocabulary or so.
 DRAW_BLOCK = 256
 
@@ -31,6 +33,14 @@ class Seen(NamedTuple):
         return Seen(self.prompt_bv[rows], self.counts_bv[rows])
 
 
+class Allowed(NamedTuple):
+    """Which tokens rows may say, for those that are bound."""
+
+    bound_b: Bool[Array, "b"]
+    words_rw: UInt32[Array, "r w"]
+    """One bit a token, of all rows that there are; read only if some row is bound."""
+
+
 class Chosen(NamedTuple):
     """A token a row. Log-probabilities are the model's own, before any setting; 0 where no row asked for them."""
 
@@ -42,16 +52,19 @@ class Chosen(NamedTuple):
 
 def choose(
     logits_bv: Float[Array, "b v"], settings: RowSettings, seen: Seen, positions_b: Int[Array, "b"],
-    rows_b: Int[Array, "b"] | None = None,
+    rows_b: Int[Array, "b"] | None = None, allowed: Allowed | None = None,
 ) -> Chosen:  # fmt: skip
-    """One token a row; `positions_b` are the tokens' places in their rows. `rows_b` says which rows of `seen` these
-    are, where it has others too; they are looked up only if some row needs them."""
+    """One token a row; `positions_b` are the tokens' places in their rows. `rows_b` says which rows of `seen` and
+    `allowed` these are, where they have others too; they are looked up only if some row needs them."""
     s = settings
     penalties = (s.repetition_penalty != 1) | (s.presence_penalty != 0) | (s.frequency_penalty != 0)
     x = when(jnp.any(s.bias != 0), lambda x: biased(x, s), logits_bv)
     x = when(jnp.any(penalties), lambda x: penalised(x, s, seen if rows_b is None else seen.of(rows_b)), x)
     early_b = positions_b < s.earliest
     x = when(jnp.any(early_b), lambda x: unending(x, s, early_b), x)
+    if allowed is not None:
+        words = allowed.words_rw if rows_b is None else allowed.words_rw[rows_b]
+        x = when(jnp.any(allowed.bound_b), lambda x: restricted(x, allowed.bound_b, words), x)
     likeliest = jnp.argmax(x, -1).astype(jnp.int32)
     tokens = jax.lax.cond(
         jnp.any(s.temperature > 0),
@@ -82,6 +95,16 @@ def unending(
     rows = jnp.arange(logits_bv.shape[0])[:, None]
     ids = jnp.where(early_b[:, None], settings.ends, logits_bv.shape[1])
     return logits_bv.at[rows, ids].set(-jnp.inf, mode="drop")
+
+
+def restricted(
+    logits_bv: Float[Array, "b v"], bound_b: Bool[Array, "b"], words_bw: UInt32[Array, "b w"]
+) -> Float[Array, "b v"]:
+    """-inf for the tokens that bound rows may not say. One that they may say keeps a chance, whatever its bias is."""
+    bits = words_bw[..., None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    allowed = bits.reshape(len(bits), -1)[:, : logits_bv.shape[1]] == 1
+    x = jnp.where(allowed, jnp.maximum(logits_bv, LEAST), -jnp.inf)
+    return jnp.where(bound_b[:, None], x, logits_bv)
 
 
 def penalised(logits_bv: Float[Array, "b v"], settings: RowSettings, seen: Seen) -> Float[Array, "b v"]:

@@ -36,6 +36,8 @@ class Chunk(NamedTuple):
     """New tokens that are real."""
     documents_b: Int[Array, "b"]
     """Length of each sequence's prompt: the least that rotary scaling by length goes by."""
+    adapters_b: Int[Array, "b"] | None = None
+    """Each sequence's adapter, from 1; 0 is none. None where the server has no room for any."""
 
 
 def enter_chunk(

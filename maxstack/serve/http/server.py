@@ -3,13 +3,13 @@
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from maxstack.serve.http.settings import Settings
 
 
 def server_config(
-    app: FastAPI, settings: Settings, *, host: str = "127.0.0.1", port: int = 8000, **options: Any
+    app: ASGIApp, settings: Settings, *, host: str = "127.0.0.1", port: int = 8000, **options: Any
 ) -> uvicorn.Config:
     """Its settings: limits of headers where they are read, no log of its own, no header that says what runs here."""
     return uvicorn.Config(

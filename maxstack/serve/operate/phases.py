@@ -1,0 +1,52 @@
+"""The phases of a start, each with its seconds: printed while they pass, kept for the metrics and for `/ready`."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+LOAD, WEIGHTS, COMPILE, ADAPTERS, READY = "load", "weights", "compile", "adapters", "ready"
+
+
+class Phases:
+    """What a start has gone through. Written by the thread that starts, read by any."""
+
+    def __init__(
+        self, say: Callable[[str], None] = lambda text: None, clock: Callable[[], float] = time.monotonic
+    ):
+        self._say, self._clock = say, clock
+        self._began = self._here = clock()
+        self.seconds: dict[str, float] = {}
+        """Of the phases that are over; READY is the whole start."""
+        self.now = LOAD
+        """The phase at hand."""
+        self.done = self.of = 0
+        """Programs that are compiled, and how many there are."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether all of them are over."""
+        return READY in self.seconds
+
+    @contextmanager
+    def phase(self, name: str, what: str) -> Iterator[None]:
+        """One phase; `what` is said of it when it is over."""
+        self.now, self._here = name, self._clock()
+        yield
+        self.seconds[name] = self._clock() - self._here
+        self._say(f"{name:8} {self.seconds[name]:6.1f} s  {what}")
+
+    def compiled(self, done: int, of: int) -> None:
+        """So many programs are compiled."""
+        if done > self.done or of != self.of:
+            self.done, self.of = done, of
+            self._say(f"{COMPILE:8} {self._clock() - self._here:6.1f} s  {done} of {of} programs")
+
+    def finish(self, what: str) -> None:
+        """All of it is over."""
+        self.now = READY
+        self.seconds[READY] = self._clock() - self._began
+        self._say(f"{READY:8} {self.seconds[READY]:6.1f} s  {what}")
+
+    def text(self) -> str:
+        """Where the start is, in a few words."""
+        return f"{self.now} ({self.done} of {self.of} programs)" if self.now == COMPILE else self.now

@@ -1,0 +1,1 @@
+"""The server over gRPC: maxstack.proto says what it offers. The generated files are made by regenerate.py."""

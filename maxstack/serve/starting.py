@@ -1,0 +1,123 @@
+"""From a model's name to an engine whose programs are compiled."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import jax
+
+from maxstack.config import UserError
+from maxstack.models.adapters import AdapterSlots
+from maxstack.models.load import load
+from maxstack.models.paged.pools import page_bytes
+from maxstack.models.transformer import TransformerConfig
+from maxstack.serve.engine import AsyncEngine
+from maxstack.serve.operate.bandwidth import peak_bandwidth
+from maxstack.serve.operate.metrics import Metrics, Traffic
+from maxstack.serve.operate.phases import ADAPTERS, COMPILE, LOAD, WEIGHTS, Phases
+from maxstack.serve.plan import Limits
+from maxstack.serve.sizes import default_limits
+
+RANK = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What is to be served, and in which sizes; None leaves it to what fits."""
+
+    model: str
+    name: str | None = None
+    adapters: tuple[tuple[str, str], ...] = ()
+    """Names and folders."""
+    adapter_slots: int | None = None
+    adapter_rank: int | None = None
+    weights: Any = None
+    dtype: Any = None
+    step: int | None = None
+    averaged: bool = False
+    kv: Any = None
+    max_length: int | None = None
+    rows: int | None = None
+    pages: int | None = None
+    waiting: int | None = None
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients ask for."""
+        return self.name or PurePath(self.model.rstrip("/")).name.removeprefix("hf:") or self.model
+
+
+def start(what: Start, phases: Phases, metrics: Metrics | None = None) -> AsyncEngine:
+    """An engine, ready for its first request. Raises UserError for what cannot be served."""
+    peak = None if metrics is None else peak_bandwidth(jax.local_devices()[0].device_kind)
+    with phases.phase(LOAD, f"{what.model} is read"):
+        model, tokenizer = load(
+            what.model, step=what.step, averaged=what.averaged, dtype=what.dtype, weights=what.weights
+        )
+    if tokenizer is None:
+        raise UserError(f"{what.model} has no tokenizer beside it: requests and answers are text")
+    with phases.phase(WEIGHTS, "weights and cache lie on the device"):
+        kv = what.kv or model.config.dtype
+        engine = AsyncEngine(
+            model, tokenizer, limits=limits_of(what, model.config, kv), kv_dtype=kv, adapters=slots_of(what)
+        )
+        del model  # the engine has its own form of the weights
+    if metrics is not None:
+        metrics.traffic = traffic_of(engine, kv, peak)
+    with phases.phase(COMPILE, "every program is compiled"):
+        engine.warm_up(phases.compiled)
+    if what.adapters:
+        with phases.phase(ADAPTERS, ", ".join(name for name, _ in what.adapters)):
+            for name, folder in what.adapters:
+                engine.adapters.load(name, folder)
+    return engine
+
+
+def limits_of(what: Start, config: TransformerConfig, kv: Any) -> Limits:
+    """The sizes that fit, with those that were asked for. Raises UserError for what cannot be."""
+    if what.max_length is not None and what.max_length > config.max_length:
+        raise UserError(f"--max-length {what.max_length} is more than the model's {config.max_length} tokens")
+    limits = default_limits(config, kv, rows=what.rows, max_length=what.max_length)
+    limits = dataclasses.replace(
+        limits, pages=what.pages or limits.pages, waiting=what.waiting or limits.waiting
+    )
+    if limits.pages < limits.table_width:
+        raise UserError(
+            f"--pages {limits.pages} of {limits.page} tokens hold no sequence of {limits.max_length} tokens: give "
+            f"{limits.table_width} or more, or a smaller --max-length"
+        )
+    return limits
+
+
+def slots_of(what: Start) -> AdapterSlots | None:
+    """Room for the adapters: for those at hand, unless told otherwise; None where there are none."""
+    count = what.adapter_slots if what.adapter_slots is not None else len(what.adapters)
+    if count < len(what.adapters):
+        raise UserError(
+            f"--adapter-slots {count} hold no {len(what.adapters)} adapters: give more, or fewer of those"
+        )
+    if not count:
+        return None
+    ranks = [rank_of(Path(folder)) for _, folder in what.adapters]
+    return AdapterSlots(count=count, rank=what.adapter_rank or max(ranks, default=RANK))
+
+
+def rank_of(folder: Path) -> int:
+    """The rank that an adapter's folder states; what is wrong with a folder is said when it is read."""
+    try:
+        rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("r")
+    except (OSError, ValueError, AttributeError):
+        return RANK
+    return rank if isinstance(rank, int) and rank > 0 else RANK
+
+
+def traffic_of(engine: AsyncEngine, kv: Any, peak: float | None) -> Traffic:
+    """Bytes that a step has to read at most: all weights, and the keys and values of its rows."""
+    devices, limits = jax.local_device_count(), engine.limits
+    return Traffic(
+        weight_bytes=engine.weight_bytes,
+        kv_bytes_a_token=page_bytes(engine.config, limits.page, kv) / limits.page,
+        peak=None if peak is None else peak * (devices if jax.default_backend() != "cpu" else 1),
+    )
