@@ -31,7 +31,7 @@ def delta_of(pieces: Iterable[Piece]) -> dict[str, Any]:
 
 def message_of(pieces: Iterable[Piece]) -> dict[str, Any]:
     """All pieces of an answer as a message."""
-    delta = delta_of(sorted(pieces, key=lambda piece: getattr(piece, "index", -1)))
+    delta = delta_of(sorted(pieces, key=_place))
     message: dict[str, Any] = {"role": "assistant", "content": delta.get("content"), "refusal": None}
     if "reasoning_content" in delta:
         message["reasoning_content"] = delta["reasoning_content"]
@@ -42,3 +42,8 @@ def message_of(pieces: Iterable[Piece]) -> dict[str, Any]:
     elif message["content"] is None:
         message["content"] = ""
     return message
+
+
+def _place(piece: Piece) -> int:
+    """Calls by number, after the rest: their arguments may come in turns."""
+    return piece.index if isinstance(piece, CallStart | CallArguments) else -1
