@@ -37,6 +37,10 @@ class Health:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service!r}")
         return self._now()
 
+    async def List(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        """How all of it is now."""
+        return health_pb2.HealthListResponse(statuses={"": self._now(), NAME: self._now()})
+
     async def Watch(self, request: Any, context: grpc.aio.ServicerContext) -> None:
         """How it is, whenever that changes."""
         last = None
