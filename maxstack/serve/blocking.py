@@ -71,6 +71,10 @@ class Engine:
         """The prompt as a vector."""
         return self._wait(self.asynchronous.embed(prompt, pooling, **options))
 
+    def swap_weights(self, model: Transformer, within_s: float | None = None) -> None:
+        """Serve other weights of the same shapes: requests that have begun finish on the old ones, others wait."""
+        self._wait(self.asynchronous.swap_weights(model, within_s))
+
     def abort(self, request_id: str) -> None:
         """End a request."""
         self._events.call_soon_threadsafe(self.asynchronous.abort, request_id)

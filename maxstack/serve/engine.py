@@ -20,7 +20,7 @@ from maxstack.models.generation.checks import check_request
 from maxstack.models.generation.params import SamplingParams
 from maxstack.models.rope import BY_LENGTH
 from maxstack.models.transformer import Transformer, TransformerConfig
-from maxstack.serve import choices, rooms
+from maxstack.serve import choices, rooms, swapping
 from maxstack.serve.adapters import Adapters
 from maxstack.serve.constrain.grammars import Compiled as Constrained
 from maxstack.serve.device import Asked, Device
@@ -29,6 +29,7 @@ from maxstack.serve.errors import EngineDead
 from maxstack.serve.forms import form_for
 from maxstack.serve.loop import Loop, News, Progress
 from maxstack.serve.output import Answer, Delta, Output
+from maxstack.serve.pace import Pace
 from maxstack.serve.plan import Limits
 from maxstack.serve.request import Request
 from maxstack.serve.scheduler import Scheduler
@@ -67,6 +68,7 @@ class AsyncEngine:
         self.config, self.tokenizer = model.config, tokenizer
         kv_dtype = model.config.dtype if kv_dtype is None else kv_dtype
         self.limits = default_limits(model.config, kv_dtype) if limits is None else limits
+        self.on = on
         form, weights = form_for(model, on, adapters)
         device = Device(model.config, form, weights, self.limits, kv_dtype, buckets)
         self._loop = Loop(device, Scheduler(self.limits), self._deliver, clock)
@@ -85,6 +87,9 @@ class AsyncEngine:
         how many programs are compiled, and of how many."""
         if not self._thread.ident:
             self._loop.device.warm_up(told)
+            if self.limits.drafts:
+                pace = self._loop.pace = Pace(self.limits.drafts, self._loop.device.costs())
+                self._loop.scheduler.drafting = pace.drafts_for
             self._thread.start()
 
     @property
@@ -169,6 +174,16 @@ class AsyncEngine:
     async def score(self, prompt: Prompt, most: int = 0, **options: Any) -> Output:
         """The prompt's log-probabilities (`prompt_logprobs`); nothing is generated."""
         return await choices.score(self, prompt, most, **options)
+
+    async def swap_weights(self, model: Transformer, within_s: float | None = None) -> None:
+        """Serve other weights of the same shapes: requests that have begun finish on the old ones, others wait."""
+        self.warm_up()
+        await swapping.swap_weights(self, model, within_s)
+
+    @property
+    def leaves(self) -> list[jax.Array]:
+        """The weights as the device has them."""
+        return self._loop.device.leaves
 
     async def embed(self, prompt: Prompt, pooling: str = "mean", **options: Any) -> Embedding:
         """The prompt as a vector."""

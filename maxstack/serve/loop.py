@@ -8,14 +8,17 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from maxstack.serve.compiled import Compilations
 from maxstack.serve.constrain.matching import Matching
 from maxstack.serve.device import Device, Found, Launched, Logprobs
 from maxstack.serve.embedding import Part
 from maxstack.serve.errors import ConstraintFailed, EngineDead, NotFinite, RequestFailed, StepFailed
+from maxstack.serve.pace import Pace
 from maxstack.serve.request import Event, Full, Refused, Request
 from maxstack.serve.scheduler import Scheduler
+from maxstack.serve.swapping import Swap, SwapFailed
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +85,8 @@ class Loop:
         self._under_way: deque[Launched] = deque()
         self._known: set[str] = set()
         self._bound: dict[str, Matching] = {}
+        self._swap: Swap | None = None
+        self.pace: Pace | None = None
         self._stopped = threading.Event()
 
     @property
@@ -113,6 +118,42 @@ class Loop:
             future.set_exception(EngineDead(str(self.dead)))
         return future
 
+    def swap(self, leaves: list[Any], within_s: float | None) -> "Future[None]":
+        """Have other weights put in place as soon as all that has begun is over; what has not begun waits for it."""
+        until = None if within_s is None else self._clock() + within_s
+        swap = Swap(lambda: self.device.put_weights(leaves), until)
+
+        def begin() -> None:
+            if self._swap is not None:
+                raise RuntimeError("other weights are waiting to be put in place already; try again later")
+            self._swap, self.scheduler.holding = swap, True
+
+        refused = self.call(begin)
+        refused.add_done_callback(lambda begun: copied(begun.exception(), swap.done))
+        return swap.done
+
+    def _exchange(self) -> None:
+        """Put other weights in place where they can be, or give up."""
+        swap = self._swap
+        if swap is None:
+            return
+        fault: Exception | None = None
+        if self.scheduler.started or self._under_way:
+            if swap.until is None or self._clock() < swap.until:
+                return
+            fault = SwapFailed("requests on the old weights are not over yet; the old weights stay")
+        self._swap, self.scheduler.holding = None, False
+        if fault is None:
+            try:
+                swap.exchange()
+                self.scheduler.forget_prefixes()
+            except STEP_ERRORS as error:
+                fault = error
+        if fault is None:
+            swap.done.set_result(None)
+        else:
+            swap.done.set_exception(fault)
+
     def stop(self) -> None:
         """Have `run` return; requests that are not over fail."""
         self._stopped.set()
@@ -137,6 +178,7 @@ class Loop:
     def turn(self) -> bool:
         """Take in what came, launch a plan, collect the results of the oldest; False if there was nothing to do."""
         self._take_in()
+        self._exchange()
         try:
             return self._step()
         except STEP_ERRORS as error:
@@ -165,6 +207,8 @@ class Loop:
         self._under_way.popleft()
         now = self._clock()
         events = self.scheduler.done(launched.plan, found.results, now)
+        if launched.plan.drafts:
+            self._learn(launched.plan.drafts, *found.guessed)
         events += self._follow(events, now)
         progress = self.progress
         progress.steps += 1
@@ -189,6 +233,13 @@ class Loop:
             elif matching.over:
                 self.scheduler.cancel(event.id, "stop", now)
         return self.scheduler.events()
+
+    def _learn(self, drafts: int, row_steps: int, tokens: int) -> None:
+        counters = self.scheduler.counters
+        counters.spec_decode_num_draft_tokens += drafts * row_steps
+        counters.spec_decode_num_accepted_tokens += tokens - row_steps
+        if self.pace is not None:
+            self.pace.learn(row_steps, tokens)
 
     def _news(self, events: list[Event], found: Found) -> list[News]:
         told = []
@@ -274,7 +325,15 @@ class Loop:
         """Requests that are not over, and those that have just come, fail."""
         self._take_in()
         failed = error if isinstance(error, Exception) else EngineDead(str(error))
+        if self._swap is not None:
+            self._swap.done.set_exception(failed)
         self._tell([News(request_id, finish="error", error=failed) for request_id in self._known])
+
+
+def copied(error: BaseException | None, future: "Future[None]") -> None:
+    """Let a future fail as another one did, if it did."""
+    if error is not None:
+        future.set_exception(error)
 
 
 def failure(text: str | None) -> RequestFailed:

@@ -30,6 +30,8 @@ class Limits:
     """Plans under way at once: with 2, the host makes one while the device runs the one before."""
     waiting: int = 256
     """Requests that may wait; more are told to come back."""
+    waiting_a_tenant: int | None = None
+    """Of each tenant; None lets one have the whole queue."""
     level_s: float = 30.0
     """A level of priority counts as much as having arrived this many seconds earlier."""
     step_tokens: int = 64
@@ -42,6 +44,10 @@ class Limits:
         for name in ("rows", "page", "pages", "max_length", "ahead", "waiting"):
             if getattr(self, name) < 1:
                 raise ValueError(f"limits: {name} is {getattr(self, name)}; it must be 1 or more")
+        if self.waiting_a_tenant is not None and self.waiting_a_tenant < 1:
+            raise ValueError(
+                f"limits: waiting_a_tenant is {self.waiting_a_tenant}; it must be 1 or more, or None"
+            )
         if sorted(set(self.steps)) != list(self.steps) or self.steps[:1] != (1,):
             raise ValueError(f"limits: steps {self.steps} must rise and begin with 1")
         if not self.chunks or any(rows < 1 or tokens < 1 for rows, tokens in self.chunks):
@@ -130,3 +136,5 @@ class Plan:
     decodes: tuple[Decode, ...]
     steps: int
     """One of `Limits.steps`, 0 without decodes."""
+    drafts: int = 0
+    """Tokens that decodes speculate a step and row: `Limits.drafts` or none."""

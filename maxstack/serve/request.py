@@ -12,10 +12,13 @@ class Refused(ValueError):
 
 
 class Full(RuntimeError):
-    """The queue is full. `retry_after` estimates the seconds after which half of it will be gone."""
+    """The queue is full, or the tenant's share of it. `retry_after` estimates the seconds after which half of the queue
+    will be gone."""
 
-    def __init__(self, waiting: int, retry_after: float):
-        super().__init__(f"{waiting} requests are waiting, as many as may; try again in {retry_after:.0f} s")
+    def __init__(self, waiting: int, retry_after: float, whose: str = ""):
+        super().__init__(
+            f"{waiting} requests{whose} are waiting, as many as may; try again in {retry_after:.0f} s"
+        )
         self.retry_after = retry_after
 
 

@@ -18,7 +18,7 @@ LIMITS = Limits(
     rows=4, page=4, pages=64, max_length=64, tokens_a_step=40, chunks=((1, 4), (1, 16), (1, 32), (4, 8)),
     steps=(1, 4), waiting=8, step_tokens=100,
 )  # fmt: skip
-HOST = "request plan pages prefix sequence batch scheduler counters cost load simulate".split()
+HOST = "request plan pages prefix sequence batch books planning timing scheduler counters cost load simulate".split()
 
 
 def asked(name: str, prompt=(1, 2, 3, 4, 5), max_tokens: int = 3, arrived: float = 0.0, **more) -> Request:
@@ -319,7 +319,7 @@ def test_a_prompt_that_is_only_read_ends_with_its_last_chunk():
     server.add(asked("a", prompt=range(40), max_tokens=0))
     plans = server.run()
     assert [chunk.end for plan in plans for chunk in plan.chunks] == [32, 40]
-    assert server.events == [Event("a", finish="length")]
+    assert [event._replace(admitted=None) for event in server.events] == [Event("a", finish="length")]
 
 
 def test_a_request_with_masks_made_on_the_host_waits_for_each_token():
@@ -447,3 +447,17 @@ def test_the_host_side_imports_the_standard_library_and_itself():
             if module.split(".")[0] not in sys.stdlib_module_names
         }
         assert strangers == set(), name
+
+
+def test_one_tenant_cannot_fill_the_queue():
+    scheduler = Scheduler(replace(LIMITS, waiting=5, waiting_a_tenant=3))
+    for i in range(3):
+        scheduler.add(replace(asked(f"a{i}"), tenant="a"))
+    with pytest.raises(Full, match="3 requests of this tenant are waiting"):
+        scheduler.add(replace(asked("a3"), tenant="a"))
+    scheduler.add(replace(asked("b0"), tenant="b"))
+    scheduler.add(replace(asked("b1"), tenant="b"))
+    with pytest.raises(Full, match="5 requests are waiting"):
+        scheduler.add(replace(asked("c0"), tenant="c"))
+    with pytest.raises(ValueError, match="waiting_a_tenant is 0"):
+        replace(LIMITS, waiting_a_tenant=0)

@@ -74,7 +74,8 @@ class Row:
         if token in self._ends:
             return self._event((), self._finish()[0], None, "stop")
         self._left -= 1
-        text, stopped = ("", False) if self._text is None else self._text.push(token)
+        early = self.params.max_tokens - self._left <= self.params.min_tokens
+        text, stopped = ("", False) if self._text is None else self._text.push(token, early=early)
         if self._left == 0 and not stopped:
             rest, stopped = self._finish()
             text += rest

@@ -25,7 +25,7 @@ class SamplingParams:
     max_tokens: int = 128
     """New tokens at most; 0 only reads the prompt, which a server does for its log-probabilities."""
     min_tokens: int = 0
-    """No end token, and none of stop_token_ids, before so many new tokens."""
+    """No end token, and none of stop_token_ids, before so many new tokens; stop strings are looked for behind them."""
     temperature: float = 0.8
     """Logits are divided by it; 0 takes the likeliest token."""
     top_k: int = 0

@@ -41,9 +41,11 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
         self._words, self._stops = StreamDecoder(tokenizer), StopFinder(stops)
 
-    def push(self, token: int) -> tuple[str, bool]:
-        """(text that is final, whether a stop string has ended the row)."""
-        return self._stops.push(self._words.push(token))
+    def push(self, token: int, *, early: bool = False) -> tuple[str, bool]:
+        """(text that is final, whether a stop string has ended the row). Nothing of `early` tokens ends
+        it."""
+        text = self._words.push(token)
+        return (text, False) if early else self._stops.push(text)
 
     def finish(self) -> tuple[str, bool]:
         """(the rest of the text, whether a stop string was in it)."""

@@ -65,3 +65,19 @@ def test_nothing_is_given_out_that_a_stop_string_could_take_back():
 
 def test_the_first_of_several_stop_strings_counts():
     assert StopFinder(["two", "one"]).push("zero one two") == ("zero ", True)
+
+
+def test_a_stop_string_is_not_looked_for_in_the_first_min_tokens():
+    from maxstack.models.generation.output import Row
+    from maxstack.models.generation.params import SamplingParams
+
+    tokenizer = byte_tokenizer()
+    for least, wanted in ((0, ("", "stop")), (2, ("abc", "stop")), (6, ("abcabc", "length"))):
+        row = Row(0, SamplingParams(max_tokens=6, min_tokens=least, stop=("ab",)), tokenizer, frozenset())
+        text = ""
+        for token in b"abcabc":
+            event = row.push(token, None)
+            text += event.text
+            if event.finish_reason:
+                break
+        assert (text, event.finish_reason) == wanted
