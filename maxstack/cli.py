@@ -47,7 +47,8 @@ VERBS = {
     "inspect": Verb("maxstack.inspect_command", "show a run, checkpoint, model folder or data shard"),
     "data": Verb("maxstack.data.command", "fetch and prepare training data"),
     "bench": Verb(
-        "maxstack.bench.command", "time the kernels on this machine beside what one would use instead"
+        "maxstack.bench.command",
+        "time the kernels on this machine beside what one would use instead, or a server under load",
     ),
     "demo": Verb("maxstack.demo", "from nothing to a trained model that speaks, with a report"),
 }

@@ -13,12 +13,12 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8, Int32, Shaped,
 from maxstack.kernels.cpu_native.build import PREFIX, problem
 
 __all__ = [
-    "MOST_ROWS", "available", "cached_attention", "grouped_int4_product", "grouped_int8_product", "int4_product",
-    "int8_product", "paged_attention", "problem", "rows_product", "write_rows",
+    "MOST_ROWS", "PANEL", "available", "cached_attention", "grouped_int4_product", "grouped_int8_product",
+    "int4_product", "int8_product", "paged_attention", "panel_product", "problem", "write_rows",
 ]  # fmt: skip
 
 MOST_ROWS = 16
-"""Rows of a product up to which `rows_product` is the faster form: beyond, arithmetic and not memory decides."""
+"""Rows up to which products with packed weights are the faster form: beyond, arithmetic and not memory decides."""
 
 
 def available() -> bool:
@@ -26,10 +26,17 @@ def available() -> bool:
     return problem() is None
 
 
-def rows_product(x_ti: Float[Array, "t i"], w_oi: Float[Array, "o i"]) -> Float[Array, "t o"]:
-    """`x w^T` for few rows, all float32."""
-    out = jax.ShapeDtypeStruct((x_ti.shape[0], w_oi.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(PREFIX + "rows_product", out)(x_ti, w_oi)
+PANEL = 16
+"""Outputs of a panel."""
+
+
+def panel_product(
+    x_tk: Float32[Array, "t k"], w_pko: Float32[Array, "p k 16"] | BFloat16[Array, "p k 16"]
+) -> Float32[Array, "t n"]:
+    """`x w` for any number of rows, with w's outputs in panels. A row's result does not depend on how many there
+    are: each output is summed over k in order."""
+    out = jax.ShapeDtypeStruct((x_tk.shape[0], w_pko.shape[0] * PANEL), jnp.float32)
+    return jax.ffi.ffi_call(PREFIX + "panel_product", out)(x_tk, w_pko)
 
 
 def int8_product(

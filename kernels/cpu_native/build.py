@@ -18,7 +18,12 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 # -ffast-math, but with infinities, which stand for hidden keys.
 FAST = ("-ffast-math", "-fno-finite-math-only")
-SOURCES: dict[str, tuple[str, ...]] = {"decode.cc": FAST, "quantized.cc": FAST, "pages.cc": ()}
+SOURCES: dict[str, tuple[str, ...]] = {
+    "decode.cc": FAST,
+    "quantized.cc": FAST,
+    "pages.cc": (),
+    "panels.cc": (),
+}
 """Files and their own flags."""
 HEADERS = ("pieces.h",)
 SWITCH = "MAXSTACK_NATIVE"
@@ -29,8 +34,8 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 # numbers to 0 in all that it does, numpy included.
 LINK = ("-shared",)
 NAMES = (
-    "rows_product", "cached_attention", "int8_product", "int4_product", "grouped_int8_product", "grouped_int4_product",
-    "paged_attention", "write_rows",
+    "cached_attention", "int8_product", "int4_product", "grouped_int8_product", "grouped_int4_product",
+    "paged_attention", "panel_product", "write_rows",
 )  # fmt: skip
 PREFIX = "maxstack_"
 SECONDS = 120.0

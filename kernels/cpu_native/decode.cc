@@ -1,8 +1,7 @@
-// The two operations that decoding on a CPU spends its time in, read at the speed of memory, for float32.
+// Attention of one token against a cache in one piece, read at the speed of memory, for float32.
 //
-// XLA:CPU reads a matrix fast for one row of activations only; for a few rows, and for attention of a few queries
-// against a long cache, it packs operands first. Here each weight and each cached key is loaded once and used for all
-// rows that need it. Work is dealt out in pieces on XLA's own threads: whichever thread is free takes the next one.
+// XLA:CPU packs operands first. Here each cached key is loaded once and used for all queries that need it. Work is dealt
+// out in pieces on XLA's own threads: whichever thread is free takes the next one.
 
 #include <algorithm>
 #include <cmath>
@@ -11,20 +10,6 @@
 #include <vector>
 
 #include "pieces.h"
-
-namespace {
-
-constexpr int64_t kPieceBytes = 1 << 17;  // of weights: some tens of microseconds
-
-}  // namespace
-
-// x [t, i], w [o, i] -> y [t, o] = x w^T
-static ffi::Error RowsProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w,
-                              ffi::ResultBuffer<ffi::F32> y) {
-  few_rows<float>(pool, x.typed_data(), w.typed_data(), nullptr, y->typed_data(), x.dimensions()[0], x.dimensions()[1],
-                  w.dimensions()[0], kPieceBytes);
-  return ffi::Error::Success();
-}
 
 namespace {
 
@@ -128,13 +113,6 @@ static ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q,
     }
   return ffi::Error::Success();
 }
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(rows_product, RowsProduct,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cached_attention, CachedAttention,
                               ffi::Ffi::Bind()

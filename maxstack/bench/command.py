@@ -1,4 +1,5 @@
-"""`maxstack bench kernels`: the kernels on this machine, beside what one would use instead, in turns."""
+"""`maxstack bench kernels`: the kernels on this machine, beside what one would use instead, in turns.
+`maxstack bench serve`: load on a server, ours or another (`maxstack bench serve --help`)."""
 
 import argparse
 import json
@@ -12,8 +13,12 @@ from maxstack.config import UserError, write_atomically
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb; returns the exit code."""
+    if argv[:1] == ["serve"]:
+        from maxstack.bench.serve.command import main as serve
+
+        return serve(argv[1:])
     parser = argparse.ArgumentParser(prog="maxstack bench", description=__doc__)
-    parser.add_argument("what", choices=("kernels",), help="what is timed")
+    parser.add_argument("what", choices=("kernels", "serve"), help="what is timed")
     parser.add_argument("--only", nargs="+", default=[], metavar="KERNEL", help="some of the kernels")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender; medians are shown")
     parser.add_argument("--seconds", type=float, default=0.2, help="least length of a turn (seconds)")

@@ -23,11 +23,17 @@ class Compiled:
 
     def add(
         self, key: Any, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
-    ) -> Any:
-        """Want `function` compiled for (trees of) arrays or shapes like `arguments`; the shapes of what it returns."""
-        shapes, jitted = jax.tree.map(shape_of, arguments), jax.jit(function, donate_argnums=donate)
-        self._wanted[key] = (jitted, shapes)
-        return jitted.eval_shape(*shapes)
+    ) -> None:
+        """Want `function` compiled for (trees of) arrays or shapes like `arguments`."""
+        self._wanted[key] = (
+            jax.jit(function, donate_argnums=donate),
+            jax.tree.map(shape_of, arguments),
+        )
+
+    def gives(self, key: Any) -> Any:
+        """The shapes of what a wanted program returns."""
+        function, shapes = self._wanted[key]
+        return function.eval_shape(*shapes)
 
     def compile(self, threads: int | None = None, told: Callable[[int, int], None] | None = None) -> None:
         """Compile what is wanted, several at once: tracing takes turns, the compiler does not. `told` hears of each

@@ -184,9 +184,8 @@ class Device:
 
             self._programs.add(key, both, self.weights, pools, state, example, donate=(1, 2))
             return
-        said, written = self._programs.add(
-            (*key, "read"), partial(read, form), self.weights, pools, state, example
-        )
+        self._programs.add((*key, "read"), partial(read, form), self.weights, pools, state, example)
+        said, written = self._programs.gives((*key, "read"))
         self._programs.add(
             (*key, "keep"), partial(keep, form), pools, state, example, said, written, donate=(0, 1)
         )

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,7 +22,7 @@ from maxstack.models.rope import BY_LENGTH
 from maxstack.models.transformer import Transformer, TransformerConfig
 from maxstack.serve import choices, rooms, swapping
 from maxstack.serve.adapters import Adapters
-from maxstack.serve.constrain.grammars import Compiled as Constrained
+from maxstack.serve.constrain.matching import Compiled as Constrained
 from maxstack.serve.device import Asked, Device
 from maxstack.serve.embedding import Embedding, Pool, embed
 from maxstack.serve.errors import EngineDead
@@ -191,14 +191,14 @@ class AsyncEngine:
 
     def open(
         self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0,
-        deadline_s: float | None = None, tenant: str = "", constraint: Constrained | None = None,
-        adapter: str | None = None, pooling: str | None = None,
+        deadline_s: float | None = None, tenant: str = "", adapter: str | None = None,
+        pooling: str | None = None, constraint: Constrained | None = None, keep: Collection[str] = (),
     ) -> Stream:  # fmt: skip
         """Ask, from a coroutine. Raises UserError for what cannot be served; `deadline_s` is seconds from now.
 
-        `constraint` is what `Grammars.compile` gave: the answer has that form, or ends with "length". `adapter` is the
-        name of one that was loaded. With max_tokens 0 the prompt is only read, for its log-probabilities or, with
-        `pooling`, for its embedding.
+        With max_tokens 0 the prompt is only read, for its log-probabilities or, with `pooling`, for its embedding.
+        `constraint` is what `Grammars.compile` gave: the answer has that form, or ends with "length". `keep` are
+        special tokens whose texts are wanted in the answer's: marks of tool calls.
         """
         if self.dead is not None:
             raise EngineDead(str(self.dead))
@@ -211,31 +211,31 @@ class AsyncEngine:
         now, name = self._clock(), request_id or f"request-{next(self._numbers)}"
         if name in self._open:
             raise UserError(f"request id {name!r} is in use: leave it out, or give each request its own")
-        ends, matching = params.ends(self.end_ids), None
+        matching = None
         if constraint is not None:
-            matching = constraint.start(params, ends, self.config.vocab_size)
+            matching = constraint.start(params, params.ends(self.end_ids), self.config.vocab_size)
             # The grammar sees to both: an end may be all that it has left.
             params = dataclasses.replace(params, min_tokens=0, ignore_eos=False)
-            ends = params.ends(self.end_ids)
         held = None if adapter is None else self.adapters.take(adapter)
         # Rotation that depends on a prompt's length makes other keys of the same tokens.
         salt = ("" if held is None else held.salt) + (f" of {len(ids)}" if self._by_length else "")
         asked = Asked(
-            params, tuple(sorted(ends)), matching, pooling is not None, 0 if held is None else held.number
+            params, tuple(sorted(params.ends(self.end_ids))), pooled=pooling is not None,
+            adapter=0 if held is None else held.number, matching=matching,
         )  # fmt: skip
         try:
             request = Request(
                 id=name, prompt=ids, max_tokens=params.max_tokens, arrived=now, priority=priority,
                 deadline=None if deadline_s is None else now + deadline_s, tenant=tenant, adapter=salt,
-                use_cache=params.prompt_logprobs is None and pooling != "mean", stepwise=matching is not None,
-                params=asked,
+                use_cache=params.prompt_logprobs is None and pooling != "mean",
+                stepwise=matching is not None, params=asked,
             )  # fmt: skip
         except ValueError:
             if held is not None:
                 self.adapters.release(held)
             raise
         pool = None if pooling is None else Pool(pooling)
-        answer = Answer(name, ids, params, self.tokenizer, self.end_ids, pool)
+        answer = Answer(name, ids, params, self.tokenizer, self.end_ids, pool, keep)
         stream = self._open[name] = Stream(answer, asyncio.get_running_loop(), self._clock, held)
         self._loop.submit(request)
         if self.dead is not None:  # it has stopped meanwhile, and looks at nothing any more

@@ -1,6 +1,7 @@
 """What a request is answered: whole, or piece by piece."""
 
 import dataclasses
+from collections.abc import Collection
 
 from maxstack.data.tokenizer import Tokenizer
 from maxstack.models.generation.output import Row, TokenLogprobs
@@ -52,13 +53,14 @@ class Answer:
 
     def __init__(
         self, request_id: str, prompt: tuple[int, ...], params: SamplingParams, tokenizer: Tokenizer | None,
-        end_ids: frozenset[int], pool: Pool | None = None,
+        end_ids: frozenset[int], pool: Pool | None = None, keep: Collection[str] = (),
     ):  # fmt: skip
+        """`keep` are special tokens whose texts stay in the answer's."""
         self.output = Output(request_id, prompt)
         self.pool = pool
         """Where an embedding is wanted, not an answer."""
         self.error: Exception | None = None
-        self._row = Row(0, params, tokenizer, end_ids)
+        self._row = Row(0, params, tokenizer, end_ids, keep)
         if params.logprobs is not None:
             self.output.logprobs, self.output.cumulative_logprob = [], 0.0
         if params.prompt_logprobs is not None:

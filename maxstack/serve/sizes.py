@@ -23,7 +23,8 @@ ACCELERATOR_CHUNKS = ((1, 128), (1, 512), (4, 512), (8, 128))
 MOST_LENGTH = 8192
 """Tokens of a sequence, where the model allows more and nobody asks for them."""
 SHARE = {"cpu": 0.1}
-"""Of the memory that is free, for the cache."""
+"""Of the memory, for the cache: of all that a CPU has, and no more than half of what is free; of what a device has
+left."""
 ACCELERATOR_SHARE = 0.85
 
 
@@ -36,7 +37,7 @@ def default_limits(
     length = max_length or min(config.max_length, MOST_LENGTH)
     bytes_a_page = page_bytes(config, page, kv_dtype)
     share = SHARE.get(here, ACCELERATOR_SHARE)
-    fitting = int(share * free_bytes()) // bytes_a_page
+    fitting = stable(int(share_bytes(share)) // bytes_a_page)
     most = rows * -(-length // page)
     pages = max(min(fitting, most), -(-length // page))
     chunks = CHUNKS.get(here, ACCELERATOR_CHUNKS)
@@ -47,9 +48,16 @@ def default_limits(
     )  # fmt: skip
 
 
-def free_bytes() -> int:
-    """Memory that is free for the cache: of the first device, or of this machine."""
+def stable(pages: int) -> int:
+    """Fewer pages, by a sixteenth at most: programs are compiled for a number of them, and what is free differs a
+    little from one start to the next."""
+    return pages & -(1 << max(0, pages.bit_length() - 4))
+
+
+def share_bytes(share: float) -> float:
+    """Bytes for the cache: of the first device, or of this machine."""
     told = None if platform() == "cpu" else jax.local_devices()[0].memory_stats()
     if told and "bytes_limit" in told:
-        return told["bytes_limit"] - told["bytes_in_use"]
-    return psutil.virtual_memory().available
+        return share * (told["bytes_limit"] - told["bytes_in_use"])
+    memory = psutil.virtual_memory()
+    return min(share * memory.total, memory.available / 2)

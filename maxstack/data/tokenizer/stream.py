@@ -1,5 +1,7 @@
 """Decoding while tokens come."""
 
+from collections.abc import Collection
+
 from maxstack.data.tokenizer.tokenizer import Tokenizer
 
 
@@ -9,10 +11,12 @@ class StreamDecoder:
     What `push` gave, joined, and `finish` are `tokenizer.decode` of the whole; never is half a character given out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True):
-        """Raises UserError for a tokenizer whose decoder cannot be followed token by token."""
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, keep: Collection[str] = ()):
+        """`keep` are special tokens whose texts come all the same: marks that somebody looks for. Raises UserError for
+        a tokenizer whose decoder cannot be followed token by token."""
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special else frozenset()
+        kept = map(tokenizer.token_id, keep)
+        self._skipped = tokenizer.special_ids.difference(kept) if skip_special else frozenset()
         self._assembly = tokenizer.assembly()
 
     def push(self, token_id: int) -> str:

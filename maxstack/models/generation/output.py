@@ -1,6 +1,7 @@
 """What comes out of generation: events as they happen, and whole answers."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Literal
 
 from maxstack.data.tokenizer import Tokenizer
@@ -57,10 +58,12 @@ class Row:
     """The host's side of one row: text, and when to stop."""
 
     def __init__(
-        self, index: int, params: SamplingParams, tokenizer: Tokenizer | None, end_ids: frozenset[int]
-    ):
+        self, index: int, params: SamplingParams, tokenizer: Tokenizer | None, end_ids: frozenset[int],
+        keep: Collection[str] = (),
+    ):  # fmt: skip
+        """`keep` are special tokens whose texts stay in the row's."""
         self.index, self.params, self.done = index, params, False
-        self._text = None if tokenizer is None else TextStream(tokenizer, params.stop)
+        self._text = None if tokenizer is None else TextStream(tokenizer, params.stop, keep)
         self._ends = params.ends(end_ids)
         self._left = params.max_tokens
 

@@ -1,6 +1,6 @@
 """Tokens to text as they come: no half characters, nothing that may turn out to begin a stop string."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from maxstack.data.tokenizer import StreamDecoder, Tokenizer
 
@@ -38,8 +38,8 @@ def overlap(text: str, stop: str) -> int:
 class TextStream:
     """A row's text: `push` each token, then `finish` unless a stop string was found."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
-        self._words, self._stops = StreamDecoder(tokenizer), StopFinder(stops)
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), keep: Collection[str] = ()):
+        self._words, self._stops = StreamDecoder(tokenizer, keep=keep), StopFinder(stops)
 
     def push(self, token: int, *, early: bool = False) -> tuple[str, bool]:
         """(text that is final, whether a stop string has ended the row). Nothing of `early` tokens ends

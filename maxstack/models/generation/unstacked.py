@@ -13,10 +13,11 @@ from jaxtyping import Array, Int
 from maxstack.models.block import BlockConfig
 from maxstack.models.cached import slot_axes, write
 from maxstack.models.decode import enter, returns_rows
+from maxstack.models.generation.matrix import native
 from maxstack.models.generation.params import RowSettings
 from maxstack.models.generation.sampling import Chosen, choose
 from maxstack.models.generation.state import Programs, State, after, padded
-from maxstack.models.generation.weights import Unstacked, native
+from maxstack.models.generation.weights import Unstacked
 from maxstack.models.transformer import TransformerConfig
 
 # Up to this many rows their writes are listed one by one; more are a scatter, which XLA:CPU runs as a loop.

@@ -36,6 +36,8 @@ class Bounds:
     """In the rules of the grammar."""
     kept: int = 64
     """Compiled ones that are kept for the next request."""
+    step_s: float = 0.03
+    """For one step, when it is compiled."""
     mask_grace_s: float = 0.5
     """Seconds that an answer's masks may take in all, besides those for each token."""
     mask_token_s: float = 0.002

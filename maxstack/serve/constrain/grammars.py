@@ -1,49 +1,45 @@
 """Constraints compiled into grammars, beside the event loop and the engine, within bounds."""
 
 import asyncio
-import dataclasses
 import hashlib
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
 import llguidance
 
-from maxstack.config import UserError
 from maxstack.data.tokenizer import Tokenizer
 from maxstack.models.generation.params import SamplingParams
 from maxstack.serve.constrain.constraint import BadConstraint, Bounds, Constraint
-from maxstack.serve.constrain.matching import Matching
+from maxstack.serve.constrain.matching import Compiled, Matching
 from maxstack.serve.constrain.sources import checked_text, grammar_of
 from maxstack.serve.constrain.vocabulary import vocabulary
 
 THREADS = 2
+WALK = 16
+"""Steps that are tried when a grammar is compiled."""
 SAID = 500
 """Characters of llguidance's own words that go into an error."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Compiled:
-    """A grammar for one vocabulary, for any number of answers."""
+def said(fault: object) -> str:
+    """llguidance's words on one line, not too many of them."""
+    return " ".join(str(fault).replace("<non-verbose/>", "").split())[:SAID]
 
-    constraint: Constraint
-    vocab_size: int
-    bounds: Bounds
-    matcher: llguidance.LLMatcher
-    """At the beginning; answers take copies."""
 
-    def start(self, params: SamplingParams, ends: Collection[int], vocab_size: int) -> Matching:
-        """For one answer that `ends` end. Raises UserError where it was compiled for another vocabulary."""
-        if vocab_size != self.vocab_size:
-            raise UserError(
-                f"the constraint was compiled for {self.vocab_size} tokens and the model has {vocab_size}: compile it "
-                "with the Grammars of this engine"
-            )
-        return Matching(
-            self.matcher.deep_copy(), vocab_size, self.bounds, ends=tuple(ends), held_off=params.min_tokens,
-            never_ends=params.ignore_eos,
-        )  # fmt: skip
+def walk(matching: Matching, end_ids: Collection[int], steps: int = WALK) -> float:
+    """Follow a grammar for some steps, now by its first token and now by its last; the seconds of the longest one."""
+    longest = 0.0
+    for step in range(steps):
+        ids = [i for i in matching.allowed() if i not in end_ids]
+        if matching.fault is not None or matching.over or not ids:
+            break
+        begun = time.perf_counter()
+        matching.take([ids[-(step % 2)]])
+        longest = max(longest, time.perf_counter() - begun)
+    return longest
 
 
 class Grammars:
@@ -98,25 +94,40 @@ class Grammars:
             return self._kept.get(key)
 
     def _compiled(self, constraint: Constraint, key: str) -> Compiled:
-        tokenizer, vocab_size, end_ids = self._given
-        grammar = grammar_of(constraint, tokenizer, self.bounds)
+        tokenizer, vocab_size, _ = self._given
+        try:
+            grammar = grammar_of(constraint, tokenizer, self.bounds)
+        except BadConstraint:
+            raise
+        except ValueError as error:  # llguidance's own
+            raise BadConstraint(f"{constraint.kind}: {said(error)}") from error
         matcher = llguidance.LLMatcher(self._known_words(), grammar, log_level=0, limits=self._limits())
         done = Compiled(constraint, vocab_size, self.bounds, matcher)
-        # The first mask walks the whole vocabulary: here, where nobody waits for it but this request.
-        fault = matcher.get_error() if matcher.is_error() else self._first_fault(done, end_ids)
+        fault = matcher.get_error() if matcher.is_error() else self._tried(done)
         if fault:
-            raise BadConstraint(f"{constraint.kind}: {fault[:SAID]}")
+            raise BadConstraint(f"{constraint.kind}: {said(fault)}")
         with self._lock:
             self._kept[key] = done
             while len(self._kept) > self.bounds.kept:
                 self._kept.popitem(last=False)
         return done
 
-    def _first_fault(self, done: Compiled, end_ids: Collection[int]) -> str | None:
-        first = done.start(SamplingParams(), end_ids, done.vocab_size)
-        if first.fault is None and not first.words_w.any():
-            return "only the empty answer would do, and the tokenizer has no token that ends one"
-        return first.fault
+    def _tried(self, done: Compiled) -> str | None:
+        """What goes wrong on some ways into the grammar, here, where nobody waits for it but this request.
+
+        The first walk makes what later ones share, so only the second one says how long a step takes.
+        """
+        _, vocab_size, end_ids = self._given
+        for timed in (False, True):
+            matching = done.start(SamplingParams(), end_ids, vocab_size)
+            if matching.fault is None and not matching.words_w.any():
+                return "only the empty answer would do, and the tokenizer has no token that ends one"
+            longest = walk(matching, end_ids)
+            if matching.fault is not None:
+                return matching.fault
+            if timed and longest > self.bounds.step_s:
+                return f"a step takes {longest * 1e3:.0f} ms, at most {self.bounds.step_s * 1e3:.0f} are spent on one"
+        return None
 
     def _known_words(self) -> llguidance.LLTokenizer:
         with self._lock:

@@ -1,19 +1,74 @@
 """One answer's way through a grammar: which tokens may come next, a function of those that came."""
 
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Protocol, Self, runtime_checkable
 
-import llguidance
 import numpy as np
 
-from maxstack.serve.constrain.constraint import Bounds
+from maxstack.config import UserError
+from maxstack.models.generation.params import SamplingParams
+from maxstack.serve.constrain.constraint import Bounds, Constraint
+
+
+@runtime_checkable
+class Matcher(Protocol):
+    """The part of `llguidance.LLMatcher` that is needed. It raises nothing: after a fault it stays in error."""
+
+    def deep_copy(self) -> Self:
+        """Another one in the same state."""
+        ...
+
+    def consume_tokens(self, sampled_tokens: list[int]) -> bool:
+        """Go on by these."""
+        ...
+
+    def unsafe_compute_mask_ptr(self, trg_pointer: int, trg_byte_size: int) -> None:
+        """Write a bit for each token that may come next."""
+        ...
+
+    def is_error(self) -> bool:
+        """Whether there was a fault."""
+        ...
+
+    def get_error(self) -> str:
+        """What it was."""
+        ...
+
+    def is_stopped(self) -> bool:
+        """Whether nothing but an end can follow."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Compiled:
+    """A grammar for one vocabulary, for any number of answers."""
+
+    constraint: Constraint
+    vocab_size: int
+    bounds: Bounds
+    matcher: Matcher
+    """At the beginning; answers take copies."""
+
+    def start(self, params: SamplingParams, ends: Collection[int], vocab_size: int) -> "Matching":
+        """For one answer that `ends` end. Raises UserError where it was compiled for another vocabulary."""
+        if vocab_size != self.vocab_size:
+            raise UserError(
+                f"the constraint was compiled for {self.vocab_size} tokens and the model has {vocab_size}: compile it "
+                "with the Grammars of this engine"
+            )
+        return Matching(
+            self.matcher.deep_copy(), vocab_size, self.bounds, ends=tuple(ends), held_off=params.min_tokens,
+            never_ends=params.ignore_eos,
+        )  # fmt: skip
 
 
 class Matching:
     """Follows one answer. Used by the engine's thread; `take` is given the tokens that the caller was told of."""
 
     def __init__(
-        self, matcher: llguidance.LLMatcher, vocab_size: int, bounds: Bounds, *, ends: Sequence[int] = (),
+        self, matcher: Matcher, vocab_size: int, bounds: Bounds, *, ends: Sequence[int] = (),
         held_off: int = 0, never_ends: bool = False,
     ):  # fmt: skip
         """`ends` are tokens that end the answer. They are left out for the first `held_off` tokens, and always with
@@ -31,6 +86,12 @@ class Matching:
         self._known_w = bits_below(vocab_size)
         self._taken, self._spent = 0, 0.0
         self._look()
+
+    def allowed(self) -> list[int]:
+        """The tokens that may come next."""
+        return np.nonzero(np.unpackbits(self.words_w.astype("<u4").view(np.uint8), bitorder="little"))[
+            0
+        ].tolist()
 
     def take(self, tokens: Sequence[int]) -> None:
         """The answer has gone on by these tokens."""

@@ -8,18 +8,20 @@ from maxstack.serve.constrain.constraint import BadConstraint, Bounds
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 
 
-def checked_schema(value: Any, bounds: Bounds) -> Any:
-    """The schema as data. Raises BadConstraint for what is none, is too deep, or refers to another place."""
+def checked_schema(value: Any, bounds: Bounds) -> dict[str, Any]:
+    """The schema as an object. Raises BadConstraint for what is none, is too deep, or refers to another place."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise BadConstraint(f"json_schema: it is not JSON: {error}") from error
-    if not isinstance(value, dict | bool):
+    if value is True:
+        return {}
+    if not isinstance(value, dict):
         raise BadConstraint(f"json_schema: a schema is an object or true, not {type(value).__name__}")
     _check(value, bounds)
     # Settings of llguidance's own that a schema could carry are nobody's to send.
-    return value if isinstance(value, bool) else {k: v for k, v in value.items() if k != "x-guidance"}
+    return {key: inner for key, inner in value.items() if key != "x-guidance"}
 
 
 def _check(value: Any, bounds: Bounds) -> None:

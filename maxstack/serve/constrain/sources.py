@@ -10,11 +10,10 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 from maxstack.data.tokenizer import Tokenizer
 from maxstack.serve.constrain.constraint import BadConstraint, Bounds, Constraint
 from maxstack.serve.constrain.schema import checked_schema
+from maxstack.serve.constrain.tools import tool_rules
+from maxstack.serve.constrain.writing import STYLE, quoted
 
 JSON_OBJECT = {"type": "object"}
-STYLE = {"whitespace_pattern": r"\x20|\x0A[\x20\x09]{0,40}"}
-"""White space between the parts of JSON: one blank, or one line end and its indentation. Without a bound, small models
-go on with blanks for ever."""
 
 
 def checked_text(constraint: Constraint, bounds: Bounds) -> str:
@@ -51,7 +50,7 @@ def _json_schema(value: Any, tokenizer: Tokenizer, bounds: Bounds) -> str:
 
 def schema_grammar(value: Any, bounds: Bounds) -> str:
     """The grammar of JSON that a schema describes."""
-    schema = json.dumps(checked_schema(value, bounds))
+    schema = json.dumps(checked_schema(value, bounds), allow_nan=False)
     return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=STYLE)
 
 
@@ -63,6 +62,8 @@ def _json_object(value: Any, tokenizer: Tokenizer, bounds: Bounds) -> str:
 
 def _regex(value: Any, tokenizer: Tokenizer, bounds: Bounds) -> str:
     _check_brackets("regex", _text("regex", value), bounds)
+    if (len(value) - len(value.rstrip("\\"))) % 2:
+        raise BadConstraint("regex: it ends with a single backslash")
     return llguidance.LLMatcher.grammar_from_regex(value)
 
 
@@ -84,16 +85,11 @@ def _choice(value: Any, tokenizer: Tokenizer, bounds: Bounds) -> str:
     for text in value:
         if not isinstance(text, str) or not text:
             raise BadConstraint(f"choice: {text!r} is no text of one character or more")
-    return llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(map(quoted, value)))
-
-
-def quoted(text: str) -> str:
-    """A text as Lark writes it."""
-    return json.dumps(text, ensure_ascii=False)
+    return llguidance.LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(quoted, value)))
 
 
 def _tools(value: Any, tokenizer: Tokenizer, bounds: Bounds) -> str:
-    raise BadConstraint("tools: not yet")
+    return llguidance.LLMatcher.grammar_from_lark(tool_rules(value, tokenizer, bounds))
 
 
 def _text(kind: str, value: Any) -> str:

@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 import maxstack
 from maxstack.config.errors import RunError, UserError
+from maxstack.serve import page
 from maxstack.serve.engine import AsyncEngine
 from maxstack.serve.http.errors import error_of, validation_error
 from maxstack.serve.http.front import Front
@@ -58,6 +59,7 @@ def create_app(engine: AsyncEngine, settings: Settings, *, operation: Operation 
     app.state.front = front
     for routes in ROUTES:
         app.include_router(routes(front))
+    app.include_router(page.router())
     for router in operation.routers if operation is not None else ():
         app.include_router(router)
     for kind in (RequestValidationError, HTTPException, UserError, RunError, Full, Exception):

@@ -10,6 +10,7 @@ import pytest
 
 from maxstack.kernels import cpu_native
 from maxstack.models.cached import KVCache, native_one_token, one_token
+from maxstack.models.generation.matrix import Panels
 
 pytestmark = pytest.mark.skipif(not cpu_native.available(), reason=f"no C++: {cpu_native.problem()}")
 
@@ -18,13 +19,26 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 13])
-@pytest.mark.parametrize("size", [(17, 9), (576, 1537), (64, 50)])
-def test_products_of_few_rows(rows, size):
-    x, w = normal(rows, size[0]), normal(size[1], size[0], seed=1)
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 13, 100])
+@pytest.mark.parametrize("size", [(17, 9), (576, 1537), (1100, 50)])
+@pytest.mark.parametrize("kind", [jnp.bfloat16, jnp.float32])
+def test_products_with_panels(rows, size, kind):
+    x, w = normal(rows, size[0]), normal(size[1], size[0], seed=1).astype(kind).astype(jnp.float32)
+    panels = Panels(np.asarray(w))
+    assert panels.w[...].dtype == kind  # bfloat16 only where that loses nothing
     wanted = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
-    # Sums of up to 576 products of size 1, in float32.
-    np.testing.assert_allclose(cpu_native.rows_product(x, w), wanted, atol=2e-4)
+    # Sums of up to 1100 products of size 1, in float32.
+    np.testing.assert_allclose(panels(x), wanted, atol=2e-4)
+    np.testing.assert_array_equal(panels.matrix(jnp.dtype("float32")), w.T)
+    np.testing.assert_array_equal(Panels(np.asarray(w.T).T).w[...], panels.w[...])
+
+
+@pytest.mark.parametrize("kind", [jnp.bfloat16, jnp.float32])
+def test_a_row_has_the_same_products_in_any_company(kind):
+    x, w = normal(205, 1100), normal(3, 1100, 16, seed=1).astype(kind)
+    wanted = np.asarray(cpu_native.panel_product(x, w))
+    for rows in (1, 2, 5, 7, 12, 14, 32, 97):
+        np.testing.assert_array_equal(cpu_native.panel_product(x[-rows:], w), wanted[-rows:])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Load on a server that speaks OpenAI's protocol, and what it makes of it (`maxstack bench serve`)."""
