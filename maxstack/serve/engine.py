@@ -1,7 +1,6 @@
 """A model that answers many at once, for async code; `blocking.Engine` is for any other."""
 
 import asyncio
-import dataclasses
 import itertools
 import threading
 import time
@@ -23,6 +22,7 @@ from maxstack.models.transformer import Transformer, TransformerConfig
 from maxstack.serve import choices, rooms, swapping
 from maxstack.serve.adapters import Adapters
 from maxstack.serve.constrain.matching import Compiled as Constrained
+from maxstack.serve.constrain.matching import left_to_the_engine
 from maxstack.serve.device import Asked, Device
 from maxstack.serve.embedding import Embedding, Pool, embed
 from maxstack.serve.errors import EngineDead
@@ -213,9 +213,8 @@ class AsyncEngine:
             raise UserError(f"request id {name!r} is in use: leave it out, or give each request its own")
         matching = None
         if constraint is not None:
-            matching = constraint.start(params, params.ends(self.end_ids), self.config.vocab_size)
-            # The grammar sees to both: an end may be all that it has left.
-            params = dataclasses.replace(params, min_tokens=0, ignore_eos=False)
+            matching = constraint.start(params, self.end_ids, self.config.vocab_size)
+            params = left_to_the_engine(params)
         held = None if adapter is None else self.adapters.take(adapter)
         # Rotation that depends on a prompt's length makes other keys of the same tokens.
         salt = ("" if held is None else held.salt) + (f" of {len(ids)}" if self._by_length else "")
