@@ -39,7 +39,8 @@ class Health:
 
     async def List(self, request: Any, context: Any) -> Any:
         """How all of it is now."""
-        return health_pb2.HealthListResponse(statuses={"": self._now(), NAME: self._now()})
+        messages: Any = health_pb2  # its stubs lack this one
+        return messages.HealthListResponse(statuses={"": self._now(), NAME: self._now()})
 
     async def Watch(self, request: Any, context: Any) -> None:
         """How it is, whenever that changes."""

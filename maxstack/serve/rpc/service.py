@@ -5,8 +5,6 @@ import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
-import grpc
-
 import maxstack
 from maxstack.serve.engine import Stream
 from maxstack.serve.http.errors import ClientGone, refused
