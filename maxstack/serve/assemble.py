@@ -62,6 +62,7 @@ def start_of(args: argparse.Namespace) -> Start:
         model=args.model, name=args.name, adapters=tuple(args.adapters), weights=args.weights, dtype=args.dtype,
         step=args.step, averaged=args.averaged, kv=args.kv, max_length=args.max_length, rows=args.rows,
         pages=args.pages, waiting=args.waiting, adapter_slots=args.adapter_slots, adapter_rank=args.adapter_rank,
+        drafts=args.drafts or 0,
     )  # fmt: skip
 
 
