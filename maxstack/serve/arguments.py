@@ -65,6 +65,8 @@ def _sizes(group: Any) -> None:
     add("--rows", type=positive, metavar="N", help="requests worked on at once")
     add("--pages", type=positive, metavar="N", help="pages of the cache (default: what fits)")
     add("--waiting", type=positive, metavar="N", help="requests that may wait; more get 429 (default 256)")
+    add("--drafts", type=positive, metavar="N",
+        help="tokens guessed ahead and checked in one step, where it pays (default: none)")  # fmt: skip
     add("--compile-only", action="store_true",
         help="fill the cache of compiled programs, so that the next start is fast, and leave")  # fmt: skip
 
