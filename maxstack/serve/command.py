@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from maxstack.models.compiled_cache import use_compiled_cache
@@ -35,7 +35,17 @@ def main(argv: Sequence[str]) -> int:
     check_open(args.host, settings.api_keys, args.allow_no_key)
     use_compiled_cache()
     with listening(args.host, args.port) as sock:
-        return asyncio.run(_serve(args, phases, settings, sock))
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            return runner.run(_serve(args, phases, settings, sock))
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """The fast event loop, where there is one for this system."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 async def _serve(args: argparse.Namespace, phases: Phases, settings: Settings, sock: Any) -> int:
