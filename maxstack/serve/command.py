@@ -34,9 +34,8 @@ def main(argv: Sequence[str]) -> int:
     settings = settings_of(args)
     check_open(args.host, settings.api_keys, args.allow_no_key)
     use_compiled_cache()
-    with listening(args.host, args.port) as sock:
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(_serve(args, phases, settings, sock))
+    with listening(args.host, args.port) as sock, asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(_serve(args, phases, settings, sock))
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
