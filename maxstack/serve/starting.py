@@ -46,6 +46,7 @@ class Start:
     waiting: int | None = None
     tensor: int = 1
     """Devices that share each product, and hold their own heads of the cache."""
+    drafts: int = 0
 
     @property
     def model_name(self) -> str:
@@ -95,8 +96,9 @@ def limits_of(what: Start, config: TransformerConfig, kv: Any) -> Limits:
         raise UserError(f"--max-length {what.max_length} is more than the model's {config.max_length} tokens")
     limits = default_limits(config, kv, rows=what.rows, max_length=what.max_length)
     limits = dataclasses.replace(
-        limits, pages=what.pages or limits.pages, waiting=what.waiting or limits.waiting
-    )
+        limits, pages=what.pages or limits.pages, waiting=what.waiting or limits.waiting, drafts=what.drafts,
+        tokens_a_step=limits.tokens_a_step + limits.rows * what.drafts,
+    )  # fmt: skip
     if limits.pages < limits.table_width:
         raise UserError(
             f"--pages {limits.pages} of {limits.page} tokens hold no sequence of {limits.max_length} tokens: give "
