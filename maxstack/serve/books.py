@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from heapq import heappush
 from operator import attrgetter
 from typing import NamedTuple
@@ -51,6 +51,9 @@ class Books:
         self._events: list[Event] = []
         self._numbers = 0  # plans made
         self._serial = 0  # requests taken
+        self.drafting: Callable[[int], int] = lambda rows: limits.drafts
+        """How many tokens a plan speculates, when at most so many rows decode."""
+        self._drafts = limits.drafts  # of the plan in the making
         self.holding = False
         """Requests that have not begun wait, whatever is free."""
 

@@ -85,6 +85,11 @@ class Counters:
     """Prompt tokens that were not in the prefix cache."""
     iteration_tokens_total: Histogram = _histogram(STEP_TOKENS)
 
+    spec_decode_num_draft_tokens: int = 0
+    """Places for guesses in steps that had some."""
+    spec_decode_num_accepted_tokens: int = 0
+    """Guesses that came true."""
+
     # Ours alone.
     plans: int = 0
     weight_reads: int = 0

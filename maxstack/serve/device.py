@@ -5,6 +5,7 @@ tables and what rows were given are kept on the host too, as numpy; each launch 
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -16,20 +17,36 @@ from maxstack.kernels.paged_attention import PageType
 from maxstack.models import adapters
 from maxstack.models.generation.params import SamplingParams, row_settings
 from maxstack.models.paged.forward import Chunk as Tokens
+from maxstack.models.paged.layer import cut
 from maxstack.models.paged.pools import init_pools
 from maxstack.models.transformer import TransformerConfig
-from maxstack.serve import programs, rooms
+from maxstack.serve import drafts, programs, rooms, speculation
 from maxstack.serve.compiled import Compiled, shape_of
 from maxstack.serve.constrain.matching import Matching
+from maxstack.serve.drafter import Drafter
 from maxstack.serve.embedding import Part, Pooled
 from maxstack.serve.plan import Chunk, Limits, Plan, Start
-from maxstack.serve.programs import ENDED, NOT_FINITE, TOKEN, Form, Prompts, Read, Steps, Told, Weights
+from maxstack.serve.programs import (
+    ENDED,
+    NOT_FINITE,
+    NOTHING,
+    TOKEN,
+    Form,
+    Prompts,
+    Read,
+    Steps,
+    Told,
+    Weights,
+)
 from maxstack.serve.request import Result
+from maxstack.sharding import mesh_of
 
 # Arrays on their way to the device: programs take them as its own, and their types say so.
 arrays: Any = np
 MASKS = 8
 """Rows whose masks are written at once, so that one program does for all."""
+GUESSED = 128
+"""Places of a step with guesses at most: with more rows a device has enough to do without."""
 NEUTRAL = SamplingParams(temperature=0.0)
 NO_NUMBERS = "the logits of this request are no finite numbers"
 
@@ -88,6 +105,8 @@ class Found:
     """By request that asked: a position, and the log-probabilities of the tokens from there on."""
     pooled: dict[str, Part] = dataclasses.field(default_factory=dict)
     """By request that asked: what its chunk adds to the embedding."""
+    guessed: tuple[int, int] = 0, 0
+    """Of a plan with guesses: the steps of all rows, and the tokens that they brought."""
 
 
 class Device:
@@ -98,21 +117,28 @@ class Device:
 
     def __init__(
         self, config: TransformerConfig, form: Form, weights: Weights, limits: Limits, kv_dtype: PageType,
-        buckets: Sequence[int] | None = None,
+        buckets: Sequence[int] | None = None, drafter: Drafter | None = None,
     ):  # fmt: skip
+        self._drafter = drafter
         self.config, self.limits, self.weights = config, limits, weights
         self._form = form
         self._table = arrays.full((limits.rows + 1, limits.table_width), -1, np.int32)
         self._generated = arrays.zeros(limits.rows + 1, np.int32)
         self._adapters = arrays.zeros(limits.rows + 1, np.int32) if isinstance(weights, tuple) else None
         self._room = jax.tree.map(shape_of, weights[1]) if isinstance(weights, tuple) else None
-        self._programs = Compiled()
+        mesh = mesh_of(weights)
+        self._programs = Compiled(mesh)
         self.buckets = buckets_up_to(limits.rows) if buckets is None else tuple(sorted(buckets))
+        self.guessing = tuple(b for b in self.buckets if b * (1 + limits.drafts) <= GUESSED)
+        """Numbers of rows that steps with guesses are compiled for, where there are any."""
         settings = row_settings([NEUTRAL], config.vocab_size)
 
         def empty():
             pools = init_pools(config, limits.pages, limits.page, kv_dtype)
-            return pools, programs.empty_rows(limits.rows + 1, config.vocab_size, settings)
+            history = limits.max_length + 1 if limits.drafts else 0
+            guesses = limits.drafts if drafter is not None else 0
+            rows = programs.empty_rows(limits.rows + 1, config.vocab_size, settings, history, guesses)
+            return pools if mesh is None else cut(pools), rows
 
         self._programs.add("empty", empty)
         self._programs.compile()
@@ -123,6 +149,8 @@ class Device:
         self._pools = self._state = None  # their memory first
         self._pools, self._state = self._programs["empty"]()
         self._table[:] = -1
+        if self._drafter is not None:
+            self._drafter.reset()
 
     def warm_up(self, told: Callable[[int, int], None] | None = None) -> None:
         """Compile every program that `launch` may want; `told` hears how many are done, and of how many."""
@@ -136,16 +164,22 @@ class Device:
         table.add("allow", programs.allow, self._state.allowed_rw, rows, words, donate=(0,))
         table.add("seat", programs.seat, self._state, np.int32(0), *self._nothing_seen(), donate=(0,))
         for bucket in self.buckets:
-            example = self._steps(np.zeros(bucket, np.int32), np.zeros(bucket, np.int32), 0)
+            example = self._nobodys_steps(bucket)
             self._add_pair(("decode", bucket), programs.decode_read, programs.decode_keep, held, example)
+        if most := self.limits.drafts:
+            row = np.zeros(self.limits.max_length + 1, np.int32)
+            table.add("recall", drafts.recalled, self._state.drafting, np.int32(0), row, donate=(0,))
+            read, keep = partial(speculation.guesses_read, most), partial(speculation.guesses_keep, most)
+            for bucket in self.guessing:
+                steps = self._nobodys_steps(bucket)
+                self._add_pair(("guess", bucket), read, keep, held, steps)
+                if self._drafter is not None:
+                    self._drafter.add_guess(table, bucket, self._state, steps)
         for shape in self.limits.chunks:
-            self._add_pair(
-                ("chunk", *shape),
-                programs.prompts_read,
-                programs.prompts_keep,
-                held,
-                self._prompts((), shape),
-            )
+            nobody = self._prompts((), shape)
+            self._add_pair(("chunk", *shape), programs.prompts_read, programs.prompts_keep, held, nobody)
+            if self._drafter is not None:
+                self._drafter.add_chunk(table, shape, nobody.chunk)
         table.compile(told=told)
 
     def _add_pair(self, key: Any, read: Any, keep: Any, held: tuple, example: Any) -> None:
@@ -211,13 +245,21 @@ class Device:
             given = self._prompts(plan.chunks, plan.chunk_shape)
             launched.chunks = self._run(("chunk", *plan.chunk_shape), given)
             _hurry(launched.chunks[0])
+            if self._drafter is not None:
+                self._drafter.read(self._programs, plan.chunk_shape, given.chunk)
         if plan.decodes:
-            rows, counts = self._decoding(plan)
+            kind, given = ("guess" if plan.drafts else "decode"), self._decoding(plan)
             for step in range(plan.steps):
-                said = self._run(("decode", len(rows)), self._steps(rows, counts, step))
+                said = self._decode(kind, len(given[0]), self._steps(*given, step))
                 _hurry(said)
                 launched.steps.append(said)
         return launched
+
+    def _decode(self, kind: str, bucket: int, steps: Steps) -> Told:
+        """A step of some rows, with guesses or without."""
+        if kind == "guess" and self._drafter is not None:
+            self._state = self._drafter.guess(self._programs, bucket, self._state, steps)
+        return self._run((kind, bucket), steps)
 
     def results(self, launched: Launched) -> Found:
         """What the plan gave; waits for it."""
@@ -236,14 +278,34 @@ class Device:
                     found.pooled[chunk.request.id] = part
                     check_finite(found, chunk.row, part.sum_d)
         if launched.steps:
-            self._take(found, launched.steps, plan.decodes)
+            self._take(found, launched.steps, plan.decodes, 1 + plan.drafts)
         return found
 
-    def _take(self, found: Found, said: list[Told], parts: Sequence[Any]) -> None:
-        """Add what rows did in some steps, one after another."""
+    def costs(self) -> dict[int, float]:
+        """The time of a step with guesses over that of one without, by number of rows."""
+        return {
+            bucket: self._seconds("guess", bucket) / self._seconds("decode", bucket)
+            for bucket in self.guessing
+        }
+
+    def _seconds(self, kind: str, bucket: int) -> float:
+        """Of a step with nobody in it, the best of three after the first."""
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            jax.block_until_ready(self._decode(kind, bucket, self._nobodys_steps(bucket)))
+            jax.block_until_ready(self._state)
+            times.append(time.perf_counter() - began)
+        return min(times[1:])
+
+    def _take(self, found: Found, said: list[Told], parts: Sequence[Any], width: int = 1) -> None:
+        """Add what rows did in some steps, one after another; in each a row has `width` places."""
         count = len(parts)
-        tokens = np.stack([np.asarray(step.tokens_b)[:count] for step in said], axis=1)
-        status = np.stack([np.asarray(step.status_b)[:count] for step in said], axis=1)
+        tokens = np.concatenate([by_row(step.tokens_b, width)[:count] for step in said], axis=1)
+        status = np.concatenate([by_row(step.status_b, width)[:count] for step in said], axis=1)
+        if width > 1:
+            busy = (status.reshape(count, -1, width) != NOTHING).any(-1)
+            found.guessed = int(busy.sum()), int(((status == TOKEN) | (status == ENDED)).sum())
         wanted = [i for i, part in enumerate(parts) if part.request.params.sampling.logprobs is not None]
         if (status == TOKEN).all():  # as in most steps
             for part, own in zip(parts, tokens.tolist(), strict=True):
@@ -255,9 +317,12 @@ class Device:
             return
         values = [jax.tree.map(np.asarray, step) for step in said]
         for i in wanted:
-            request, count = parts[i].request, len(found.results[parts[i].row].tokens)
-            most = request.params.sampling.logprobs
-            found.logprobs[request.id] = [logprobs_of(step, i, most) for step in values[:count]]
+            request, most = parts[i].request, parts[i].request.params.sampling.logprobs
+            spoken = [j for j, did in enumerate(status[i]) if did in (TOKEN, ENDED)]
+            found.logprobs[request.id] = [
+                logprobs_of(values[j // width], i * width + j % width, most)
+                for j in spoken[: len(found.results[parts[i].row].tokens)]
+            ]
 
     def _seat(self, start: Start) -> None:
         """A row gets a request."""
@@ -265,6 +330,12 @@ class Device:
         self._generated[start.row] = len(start.tokens)
         if self._adapters is not None:
             self._adapters[start.row] = asked.adapter
+        if self.limits.drafts:
+            known = (*start.request.prompt, *start.tokens)
+            row = arrays.zeros(self.limits.max_length + 1, np.int32)
+            row[: len(known)] = known
+            drafting = self._programs["recall"](self._state.drafting, np.int32(start.row), row)
+            self._state = self._state._replace(drafting=drafting)
         if asked.penalised:
             prompt_v, counts_v = self._nothing_seen()
             prompt_v[list(start.request.prompt)] = True
@@ -291,16 +362,25 @@ class Device:
     def _nothing_seen(self) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(self.config.vocab_size, bool), np.zeros(self.config.vocab_size, np.int32)
 
-    def _decoding(self, plan: Plan) -> tuple[Any, Any]:
-        """Rows of a bucket, filled up with nobody's, and how many steps each takes part in."""
-        bucket = next(size for size in self.buckets if size >= len(plan.decodes))
+    def _decoding(self, plan: Plan) -> tuple[Any, Any, Any]:
+        """Rows of a bucket, filled up with nobody's, how many steps each takes part in (with guesses: tokens it may
+        gain), and the positions that its pages cover."""
+        count, buckets = len(plan.decodes), self.guessing if plan.drafts else self.buckets
+        bucket = next(size for size in buckets if size >= count)
         rows, counts = arrays.full(bucket, self.limits.rows, np.int32), arrays.zeros(bucket, np.int32)
-        rows[: len(plan.decodes)] = [decode.row for decode in plan.decodes]
-        counts[: len(plan.decodes)] = [decode.count for decode in plan.decodes]
-        return rows, counts
+        bounds = arrays.zeros(bucket, np.int32)
+        rows[:count] = [decode.row for decode in plan.decodes]
+        counts[:count] = [decode.count for decode in plan.decodes]
+        bounds[:count] = [decode.length + decode.count - 1 for decode in plan.decodes]
+        return rows, counts, bounds
 
-    def _steps(self, rows: Any, counts: Any, step: int) -> Steps:
-        return Steps(rows, self._table[rows], counts, arrays.int32(step), self._adapters_of(rows))
+    def _steps(self, rows: Any, counts: Any, bounds: Any, step: int) -> Steps:
+        bounds = bounds if self.limits.drafts else None
+        return Steps(rows, self._table[rows], counts, arrays.int32(step), self._adapters_of(rows), bounds)
+
+    def _nobodys_steps(self, bucket: int) -> Steps:
+        rows, nothing = arrays.full(bucket, self.limits.rows, np.int32), arrays.zeros(bucket, np.int32)
+        return self._steps(rows, nothing, nothing, 0)
 
     def _adapters_of(self, rows: Any) -> Any:
         return None if self._adapters is None else self._adapters[rows]
@@ -344,6 +424,11 @@ def _hurry(said: Told) -> None:
     """Have the tokens copied to the host as soon as they are there."""
     said.tokens_b.copy_to_host_async()
     said.status_b.copy_to_host_async()
+
+
+def by_row(values: Any, width: int) -> np.ndarray:
+    """What was said, a row of places for each row."""
+    return np.asarray(values).reshape(-1, width)
 
 
 def buckets_up_to(rows: int) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """A model that answers many at once, for async code; `blocking.Engine` is for any other."""
 
 import asyncio
-import dataclasses
 import itertools
 import threading
 import time
@@ -23,12 +22,15 @@ from maxstack.models.transformer import Transformer, TransformerConfig
 from maxstack.serve import choices, rooms, swapping
 from maxstack.serve.adapters import Adapters
 from maxstack.serve.constrain.matching import Compiled as Constrained
+from maxstack.serve.constrain.matching import left_to_the_engine
 from maxstack.serve.device import Asked, Device
+from maxstack.serve.drafter import Drafter
 from maxstack.serve.embedding import Embedding, Pool, embed
 from maxstack.serve.errors import EngineDead
 from maxstack.serve.forms import form_for
 from maxstack.serve.loop import Loop, News, Progress
 from maxstack.serve.output import Answer, Delta, Output
+from maxstack.serve.pace import Pace
 from maxstack.serve.plan import Limits
 from maxstack.serve.request import Request
 from maxstack.serve.scheduler import Scheduler
@@ -57,19 +59,22 @@ class AsyncEngine:
         on: str | None = None,
         buckets: Sequence[int] | None = None,
         adapters: AdapterSlots | None = None,
+        draft: Transformer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         """`limits` are by default what fits this machine; `kv_dtype` is the type of the cache's numbers, by default
         the model's compute type. `end_ids` end an answer (by default the tokenizer's `stop_ids`). `on` is the platform
         whose form of the programs is used: that at hand, unless told otherwise. `buckets` are the numbers of rows that
         decode steps are compiled for, by default the powers of two and all rows. `adapters` is the room for adapters:
-        none by default, and then they cost nothing."""
+        none by default, and then they cost nothing. With `limits.drafts` tokens are guessed, from what a row has said,
+        or by the small model `draft`."""
         self.config, self.tokenizer = model.config, tokenizer
         kv_dtype = model.config.dtype if kv_dtype is None else kv_dtype
         self.limits = default_limits(model.config, kv_dtype) if limits is None else limits
         self.on = on
         form, weights = form_for(model, on, adapters)
-        device = Device(model.config, form, weights, self.limits, kv_dtype, buckets)
+        drafter = None if draft is None else Drafter(draft, model.config, self.limits, kv_dtype, on)
+        device = Device(model.config, form, weights, self.limits, kv_dtype, buckets, drafter)
         self._loop = Loop(device, Scheduler(self.limits), self._deliver, clock)
         self.adapters = Adapters(adapters, model.config, rooms.names(model, adapters), self._put_adapter)
         """Loads and unloads adapters by name."""
@@ -86,6 +91,9 @@ class AsyncEngine:
         how many programs are compiled, and of how many."""
         if not self._thread.ident:
             self._loop.device.warm_up(told)
+            if self.limits.drafts:
+                pace = self._loop.pace = Pace(self.limits.drafts, self._loop.device.costs())
+                self._loop.scheduler.drafting = pace.drafts_for
             self._thread.start()
 
     @property
@@ -209,9 +217,8 @@ class AsyncEngine:
             raise UserError(f"request id {name!r} is in use: leave it out, or give each request its own")
         matching = None
         if constraint is not None:
-            matching = constraint.start(params, params.ends(self.end_ids), self.config.vocab_size)
-            # The grammar sees to both: an end may be all that it has left.
-            params = dataclasses.replace(params, min_tokens=0, ignore_eos=False)
+            matching = constraint.start(params, self.end_ids, self.config.vocab_size)
+            params = left_to_the_engine(params)
         held = None if adapter is None else self.adapters.take(adapter)
         # Rotation that depends on a prompt's length makes other keys of the same tokens.
         salt = ("" if held is None else held.salt) + (f" of {len(ids)}" if self._by_length else "")

@@ -15,6 +15,7 @@ from maxstack.serve.constrain.matching import Matching
 from maxstack.serve.device import Device, Found, Launched, Logprobs
 from maxstack.serve.embedding import Part
 from maxstack.serve.errors import ConstraintFailed, EngineDead, NotFinite, RequestFailed, StepFailed
+from maxstack.serve.pace import Pace
 from maxstack.serve.request import Event, Full, Refused, Request
 from maxstack.serve.scheduler import Scheduler
 from maxstack.serve.swapping import Swap, SwapFailed
@@ -85,6 +86,7 @@ class Loop:
         self._known: set[str] = set()
         self._bound: dict[str, Matching] = {}
         self._swap: Swap | None = None
+        self.pace: Pace | None = None
         self._stopped = threading.Event()
 
     @property
@@ -205,6 +207,8 @@ class Loop:
         self._under_way.popleft()
         now = self._clock()
         events = self.scheduler.done(launched.plan, found.results, now)
+        if launched.plan.drafts:
+            self._learn(launched.plan.drafts, *found.guessed)
         events += self._follow(events, now)
         progress = self.progress
         progress.steps += 1
@@ -229,6 +233,13 @@ class Loop:
             elif matching.over:
                 self.scheduler.cancel(event.id, "stop", now)
         return self.scheduler.events()
+
+    def _learn(self, drafts: int, row_steps: int, tokens: int) -> None:
+        counters = self.scheduler.counters
+        counters.spec_decode_num_draft_tokens += drafts * row_steps
+        counters.spec_decode_num_accepted_tokens += tokens - row_steps
+        if self.pace is not None:
+            self.pace.learn(row_steps, tokens)
 
     def _news(self, events: list[Event], found: Found) -> list[News]:
         told = []

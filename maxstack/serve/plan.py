@@ -136,3 +136,5 @@ class Plan:
     decodes: tuple[Decode, ...]
     steps: int
     """One of `Limits.steps`, 0 without decodes."""
+    drafts: int = 0
+    """Tokens that decodes speculate a step and row: `Limits.drafts` or none."""

@@ -22,6 +22,7 @@ class Planning(Books):
     def _batch(self, now: int | float) -> Batch:
         """What the next plan may hold."""
         batch = Batch()
+        self._drafts = self.drafting(len(self._running))
         self._decode(batch)
         self._admit(batch, now)
         self._read(batch)
@@ -42,7 +43,7 @@ class Planning(Books):
 
     def _gain(self, sequence: Sequence, steps: int) -> int:
         """Tokens that so many decode steps may bring."""
-        most = 1 if sequence.request.stepwise else steps * (1 + self.limits.drafts)
+        most = 1 if sequence.request.stepwise else steps * (1 + self._drafts)
         return min(most, sequence.remaining)
 
     def _stretch(self, batch: Batch) -> int:
@@ -50,9 +51,7 @@ class Planning(Books):
         steps = self.limits.steps
         if len(steps) == 1 or any(sequence.request.stepwise for sequence in self._running):
             return 1  # one that goes step by step sits out every other plan at best: those are short
-        longest = max(
-            -(-self._gain(sequence, steps[-1]) // (1 + self.limits.drafts)) for sequence in batch.decodes
-        )
+        longest = max(-(-self._gain(sequence, steps[-1]) // (1 + self._drafts)) for sequence in batch.decodes)
         for count in steps_for(steps, longest):
             gains = {sequence: self._gain(sequence, count) for sequence in batch.decodes}
             if self._missing((s, s.length + gain - 1) for s, gain in gains.items()) <= self.pages.available:
@@ -183,7 +182,7 @@ class Planning(Books):
 
     def _budget(self, batch: Batch) -> int:
         """Tokens that are left for chunks."""
-        return self.limits.tokens_a_step - len(batch.decodes) * (1 + self.limits.drafts)
+        return self.limits.tokens_a_step - len(batch.decodes) * (1 + self._drafts)
 
     def _made(self, batch: Batch, steps: int) -> Plan:
         """The plan of a batch, entered into the books."""
@@ -233,6 +232,7 @@ class Planning(Books):
             shape,
             tuple(decodes),
             steps if decodes else 0,
+            self._drafts if decodes else 0,
         )
         self._under_way.append((plan, entries))
         return plan

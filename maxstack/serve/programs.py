@@ -15,6 +15,7 @@ from maxstack.models.generation.params import MOST_LOGPROBS, RowSettings
 from maxstack.models.generation.sampling import Allowed, Chosen, Seen, choose
 from maxstack.models.paged.forward import Chunk
 from maxstack.models.paged.pools import Pools
+from maxstack.serve.drafts import Drafting, no_history, noted
 from maxstack.serve.embedding import Pooled, pool
 
 LOGPROB_BLOCK = 16
@@ -40,6 +41,8 @@ class RowState(NamedTuple):
     """Whether the row may only say some tokens."""
     allowed_rw: UInt32[Array, "r w"]
     """Which, one bit a token; right only for rows that are bound."""
+    drafting: Drafting | None = None
+    """Where guesses are made: what rows have said."""
 
 
 class Steps(NamedTuple):
@@ -53,6 +56,8 @@ class Steps(NamedTuple):
     """Which of them this is."""
     adapters_b: Int[Array, "b"] | None = None
     """Each row's adapter, as in `Chunk`."""
+    bounds_b: Int[Array, "b"] | None = None
+    """With guesses: positions that the row's pages cover. `counts_b` are tokens then, not steps."""
 
 
 class Prompts(NamedTuple):
@@ -108,8 +113,11 @@ class Form(NamedTuple):
     """Weights of layers, and the room for adapters beside them, have an axis for repeats in front."""
 
 
-def empty_rows(rows: int, vocab_size: int, settings: RowSettings) -> RowState:
-    """Nobody in any row. `settings` are those of one row, as neutral as they can be, and of nobody's."""
+def empty_rows(
+    rows: int, vocab_size: int, settings: RowSettings, history: int = 0, guesses: int = 0
+) -> RowState:
+    """Nobody in any row. `settings` are those of one row, as neutral as they can be, and of nobody's. `history` is the
+    length of a row, where guesses are made from it, `guesses` those of a draft model."""
     zeros = jnp.zeros((rows,), jnp.int32)
     return RowState(
         lengths_r=zeros,
@@ -119,6 +127,7 @@ def empty_rows(rows: int, vocab_size: int, settings: RowSettings) -> RowState:
         seen=Seen(jnp.zeros((rows, vocab_size), bool), jnp.zeros((rows, vocab_size), jnp.int32)),
         bound_r=jnp.zeros((rows,), bool),
         allowed_rw=jnp.zeros((rows, words_for(vocab_size)), jnp.uint32),
+        drafting=no_history(rows, history, guesses) if history else None,
     )
 
 
@@ -158,6 +167,7 @@ def decode_keep(
         ),
         left_r=state.left_r.at[rows].set(left_b),
         seen=counted(state.seen, rows, said),
+        drafting=noted_one(state.drafting, rows, chunk.lengths_b + 1, said),
     )
     return (written if form.keep is None else form.keep(pools, written, chunk)), state
 
@@ -196,6 +206,7 @@ def prompts_keep(
         settings=jax.tree.map(put, state.settings, prompts.settings),
         seen=counted(state.seen, rows, first),
         bound_r=put(state.bound_r, prompts.bound_b),
+        drafting=noted_one(state.drafting, rows, chunk.lengths_b + chunk.counts_b, first),
     )
     return (written if form.keep is None else form.keep(pools, written, chunk)), state
 
@@ -209,6 +220,13 @@ def told(
     status_b = jnp.where(jnp.isfinite(jnp.sum(logits_bv, axis=-1)), status_b, NOT_FINITE)
     status_b = jnp.where(active_b, status_b, NOTHING).astype(jnp.int32)
     return Told(chosen.tokens_b, status_b, *chosen[1:])
+
+
+def noted_one(
+    drafting: Drafting | None, rows_b: Int[Array, "b"], at_b: Int[Array, "b"], said: Told
+) -> Drafting | None:
+    """What rows have said, with one token more."""
+    return noted(drafting, rows_b, at_b, said.tokens_b[:, None], (said.status_b == TOKEN)[:, None])
 
 
 def counted(seen: Seen, rows_b: Int[Array, "b"], said: Told) -> Seen:

@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from maxstack.config import UserError
 from maxstack.models.adapters import AdapterSlots
@@ -19,6 +20,7 @@ from maxstack.serve.operate.metrics import Metrics, Traffic
 from maxstack.serve.operate.phases import ADAPTERS, COMPILE, LOAD, WEIGHTS, Phases
 from maxstack.serve.plan import Limits
 from maxstack.serve.sizes import default_limits
+from maxstack.sharding import MeshConfig, build_mesh
 
 RANK = 16
 
@@ -42,6 +44,9 @@ class Start:
     rows: int | None = None
     pages: int | None = None
     waiting: int | None = None
+    tensor: int = 1
+    """Devices that share each product, and hold their own heads of the cache."""
+    drafts: int = 0
 
     @property
     def model_name(self) -> str:
@@ -54,8 +59,9 @@ def start(what: Start, phases: Phases, metrics: Metrics | None = None) -> AsyncE
     peak = None if metrics is None else peak_bandwidth(jax.local_devices()[0].device_kind)
     with phases.phase(LOAD, f"{what.model} is read"):
         model, tokenizer = load(
-            what.model, step=what.step, averaged=what.averaged, dtype=what.dtype, weights=what.weights
-        )
+            what.model, step=what.step, averaged=what.averaged, dtype=what.dtype, weights=what.weights,
+            mesh=mesh_for(what.tensor),
+        )  # fmt: skip
     if tokenizer is None:
         raise UserError(f"{what.model} has no tokenizer beside it: requests and answers are text")
     with phases.phase(WEIGHTS, "weights and cache lie on the device"):
@@ -75,14 +81,24 @@ def start(what: Start, phases: Phases, metrics: Metrics | None = None) -> AsyncE
     return engine
 
 
+def mesh_for(tensor: int) -> Mesh | None:
+    """The first devices as a mesh; None for one. Raises UserError if there are not so many."""
+    if tensor == 1:
+        return None
+    if tensor > (there := jax.local_device_count()):
+        raise UserError(f"--tensor {tensor}: this machine has {there} devices")
+    return build_mesh(MeshConfig(fsdp=1, tensor=tensor), jax.local_devices()[:tensor])
+
+
 def limits_of(what: Start, config: TransformerConfig, kv: Any) -> Limits:
     """The sizes that fit, with those that were asked for. Raises UserError for what cannot be."""
     if what.max_length is not None and what.max_length > config.max_length:
         raise UserError(f"--max-length {what.max_length} is more than the model's {config.max_length} tokens")
     limits = default_limits(config, kv, rows=what.rows, max_length=what.max_length)
     limits = dataclasses.replace(
-        limits, pages=what.pages or limits.pages, waiting=what.waiting or limits.waiting
-    )
+        limits, pages=what.pages or limits.pages, waiting=what.waiting or limits.waiting, drafts=what.drafts,
+        tokens_a_step=limits.tokens_a_step + limits.rows * what.drafts,
+    )  # fmt: skip
     if limits.pages < limits.table_width:
         raise UserError(
             f"--pages {limits.pages} of {limits.page} tokens hold no sequence of {limits.max_length} tokens: give "

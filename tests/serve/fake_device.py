@@ -78,7 +78,7 @@ class FakeDevice:
             self.tables[table.row] = table.pages
         # The order within a plan is free: the last chunk first, decodes before chunks.
         for decode in reversed(plan.decodes):
-            results[decode.row] = self._decode(decode, plan.steps)
+            results[decode.row] = self._decode(decode, plan)
         for chunk in reversed(plan.chunks):
             result = self._read(chunk)
             if result is not None:
@@ -130,7 +130,7 @@ class FakeDevice:
         self.length[row] += 1
         return Result((token,), ended=token == STOP)
 
-    def _decode(self, decode: Decode, steps: int) -> Result:
+    def _decode(self, decode: Decode, plan: Plan) -> Result:
         row, request = decode.row, decode.request
         assert self.owner[row] is request
         if not self.limits.drafts:
@@ -138,11 +138,9 @@ class FakeDevice:
         bound = decode.length + decode.count - 2  # the last position that may be written
         tokens: list[int] = []
         ended = False
-        for _ in range(steps):
+        for _ in range(plan.steps):
             # Of the drafts some are right. A device does not stop at a stop token, it goes on and is not listened to.
-            drafts = self.limits.drafts and number("drafts", request.id, self.length[row]) % (
-                self.limits.drafts + 1
-            )
+            drafts = number("drafts", request.id, self.length[row]) % (plan.drafts + 1)
             for _ in range(1 + drafts):
                 if len(tokens) == decode.count and not ended:
                     break
@@ -153,7 +151,7 @@ class FakeDevice:
                 if not ended:
                     tokens.append(token)
                     ended = token == STOP
-            if drafts < self.limits.drafts and self.length[row] - 1 <= bound:
+            if drafts < plan.drafts and self.length[row] - 1 <= bound:
                 self._write(
                     row, self.length[row] - 1, VOCABULARY
                 )  # a draft that was wrong was written all the same

@@ -38,6 +38,8 @@ class Serving(RuleBasedStateMachine):
     def begin(self, limits: Limits):
         self.limits = limits
         self.scheduler = self.scheduler_class(limits)
+        # Where there are guesses at all, two plans of three have some.
+        self.scheduler.drafting = lambda rows: limits.drafts * (self.scheduler._numbers % 3 > 0)
         self.device = FakeDevice(limits)
         self.now = 0.0
         self.requests: dict[str, Request] = {}

@@ -37,6 +37,8 @@ COUNTERS = {
     "num_preemptions": "Requests that gave up their pages and were read again.",
     "prompt_tokens": "Tokens of prompts that were read.",
     "generation_tokens": "Tokens that were generated.",
+    "spec_decode_num_draft_tokens": "Places for guesses in steps that had some.",
+    "spec_decode_num_accepted_tokens": "Guesses that came true.",
     "plans": "Plans that the scheduler made.",
     "plan_tokens_dropped": "Tokens computed past the end of their sequence.",
     "chunk_padding_tokens": "Padding in the chunks of prompts.",

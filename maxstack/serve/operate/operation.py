@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import os
+import socket
 import time
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
@@ -90,7 +92,11 @@ class Operation:
 
     def version(self) -> dict[str, Any]:
         """What runs here."""
-        return {"version": maxstack.__version__, "model": self.model}
+        return {
+            "version": maxstack.__version__,
+            "model": self.model,
+            "instance": f"{socket.gethostname()}:{os.getpid()}",
+        }
 
     def refusal(self, path: str) -> ApiError | None:
         """Why new work is not taken now; None while it is."""
