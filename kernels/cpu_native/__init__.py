@@ -14,7 +14,8 @@ from maxstack.kernels.cpu_native.build import PREFIX, problem
 
 __all__ = [
     "MOST_ROWS", "PANEL", "available", "cached_attention", "grouped_int4_product", "grouped_int8_product",
-    "int4_product", "int8_product", "paged_attention", "panel_product", "problem", "write_rows",
+    "int4_product", "int8_product", "paged_attention", "panel_product", "problem", "rms_norm", "row_exponentials", "row_sums",
+    "write_rows",
 ]  # fmt: skip
 
 MOST_ROWS = 16
@@ -37,6 +38,32 @@ def panel_product(
     are: each output is summed over k in order."""
     out = jax.ShapeDtypeStruct((x_tk.shape[0], w_pko.shape[0] * PANEL), jnp.float32)
     return jax.ffi.ffi_call(PREFIX + "panel_product", out)(x_tk, w_pko)
+
+
+def rms_norm(
+    x_td: Float32[Array, "t d"], scale_d: Float32[Array, "d"], *, eps: float, offset: float
+) -> Float32[Array, "t d"]:
+    """Each row over its root mean square, times `scale + offset`; like products, the same in any company."""
+    out = jax.ShapeDtypeStruct(x_td.shape, jnp.float32)
+    call = jax.ffi.ffi_call(PREFIX + "rms_norm", out)
+    return call(x_td, scale_d, eps=np.float32(eps), offset=np.float32(offset))
+
+
+def row_exponentials(
+    x_tn: Float32[Array, "t n"],
+) -> tuple[Float32[Array, "t n"], Float32[Array, "t"], Float32[Array, "t"]]:
+    """`e^(x - largest)` of each row, the sums of those, and the log-sum-exp of each row; the same in any company."""
+    row = jax.ShapeDtypeStruct(x_tn.shape[:1], jnp.float32)
+    whole = jax.ShapeDtypeStruct(x_tn.shape, jnp.float32)
+    exponentials, totals, lse = jax.ffi.ffi_call(PREFIX + "row_exponentials", (whole, row, row))(x_tn)
+    return exponentials, totals, lse
+
+
+def row_sums(x: Float32[Array, "... n"]) -> Float32[Array, "..."]:
+    """Sums over the last axis; each the same in any company."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = jax.ShapeDtypeStruct(rows.shape[:1], jnp.float32)
+    return jax.ffi.ffi_call(PREFIX + "row_sums", out)(rows).reshape(x.shape[:-1])
 
 
 def int8_product(

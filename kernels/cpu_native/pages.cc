@@ -35,25 +35,6 @@ constexpr int64_t kNumbers = std::is_same_v<T, Int4> ? 2 : 1;  // of an element
 
 constexpr int64_t whole(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// 2^n of whole n, as the float whose bits they are.
-inline Vec power(Ints n) { return (Vec)((n + 127) << 23); }
-
-// e^x, of nan nan. Polynomial of Cephes, within 2 units of the last place; 0 below the least normal number.
-inline Vec exponential(Vec x) {
-  const Vec least = Vec{} - 87.3f, most = Vec{} + 88.7f, magic = Vec{} + 12582912.0f;
-  Vec clipped = x < least ? least : x;
-  clipped = clipped > most ? most : clipped;
-  Vec shifted = add_product(clipped, Vec{} + 1.44269504088896341f, magic), n = shifted - magic;
-  Vec r = add_product(n, Vec{} - 0.693359375f, clipped);
-  r = add_product(n, Vec{} + 2.12194440e-4f, r);
-  Vec p = Vec{} + 1.9875691500e-4f;
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    p = add_product(p, r, Vec{} + c);
-  p = add_product(p * r, r, r) + 1.0f;
-  Vec e = p * power((Ints)shifted - (Ints)magic);
-  return x < least ? Vec{} : e;
-}
-
 inline float exponential(float x) { return exponential(Vec{} + x)[0]; }
 
 inline Vec hyperbolic_tangent(Vec x) {

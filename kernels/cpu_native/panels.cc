@@ -5,7 +5,9 @@
 // once for all of them.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -152,6 +154,100 @@ static ffi::Error PanelProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ff
     panels_product(pool, x.typed_data(), static_cast<const Bf16*>(w.untyped_data()), y->typed_data(), rows, k, panels);
   return ffi::Error::Success();
 }
+
+// x [t, n] -> y [t], the sum of each row, in one order whatever the number of rows.
+static ffi::Error RowSums(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::ResultBuffer<ffi::F32> y) {
+  int64_t rows = x.dimensions()[0], n = x.dimensions()[1];
+  const float* from = x.typed_data();
+  float* to = y->typed_data();
+  int64_t block = std::max<int64_t>(1, kPieceBytes / 4 / std::max<int64_t>(1, n));
+  deal(pool, (rows + block - 1) / block, [=](int64_t piece) {
+    for (int64_t r = piece * block; r < std::min(rows, (piece + 1) * block); ++r) {
+      Vec acc[4] = {};
+      int64_t i = 0;
+      for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) acc[j] += load(from + r * n + i + j * kLanes);
+      float total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+      for (; i < n; ++i) total += from[r * n + i];
+      to[r] = total;
+    }
+  });
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    row_sums, RowSums,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>());
+
+// x [t, n] -> y [t, n] = e^(x - its row's largest), the sums of its rows, and the logarithms of the sums of e^x. The
+// vectors of a row are the same whatever the number of rows; a row of -inf alone, or with a nan, gives nans.
+static ffi::Error RowExponentials(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::ResultBuffer<ffi::F32> y,
+                                  ffi::ResultBuffer<ffi::F32> sums, ffi::ResultBuffer<ffi::F32> lse) {
+  int64_t rows = x.dimensions()[0], n = x.dimensions()[1];
+  const float* from = x.typed_data();
+  float *to = y->typed_data(), *totals = sums->typed_data(), *logs = lse->typed_data();
+  deal(pool, rows, [=](int64_t r) {
+    const float* row = from + r * n;
+    float top = row[0];
+    for (int64_t i = 1; i < n; ++i) top = row[i] > top || row[i] != row[i] ? row[i] : top;
+    Vec all = {};
+    for (int64_t i = 0; i < n; i += kLanes) {
+      float held[kLanes];
+      int64_t count = std::min<int64_t>(kLanes, n - i);
+      for (int64_t l = 0; l < kLanes; ++l) held[l] = l < count ? row[i + l] - top : -std::numeric_limits<float>::infinity();
+      Vec e = exponential(load(held));
+      all += e;
+      store(held, e);
+      std::copy(held, held + count, to + r * n + i);
+    }
+    totals[r] = sum(all);
+    logs[r] = top + std::log(totals[r]);
+  });
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(row_exponentials, RowExponentials,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+// x [t, d], scale [d] -> y [t, d]: each row over its root mean square, times scale + offset. One order of summing,
+// whatever the number of rows.
+static ffi::Error RmsNorm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> scale,
+                          ffi::ResultBuffer<ffi::F32> y, float eps, float offset) {
+  constexpr int64_t kRows = 32;
+  int64_t rows = x.dimensions()[0], d = x.dimensions()[1];
+  const float *from = x.typed_data(), *factor = scale.typed_data();
+  float* to = y->typed_data();
+  deal(pool, (rows + kRows - 1) / kRows, [=](int64_t piece) {
+    for (int64_t r = piece * kRows; r < std::min(rows, (piece + 1) * kRows); ++r) {
+      const float* row = from + r * d;
+      Vec acc[4] = {};
+      int64_t i = 0;
+      for (; i + 4 * kLanes <= d; i += 4 * kLanes)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) acc[j] = add_product(load(row + i + j * kLanes), load(row + i + j * kLanes), acc[j]);
+      float total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+      for (; i < d; ++i) total += row[i] * row[i];
+      float inverse = 1.0f / std::sqrt(total / d + eps);
+      for (int64_t j = 0; j < d; ++j) to[r * d + j] = row[j] * inverse * (factor[j] + offset);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rms_norm, RmsNorm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("eps")
+                                  .Attr<float>("offset"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(panel_product, PanelProduct,
                               ffi::Ffi::Bind()

@@ -82,7 +82,8 @@ def written_out(config: TransformerConfig, treedef: Any, adapted: bool = False, 
     def hidden(weights, x):
         return model_of(weights).outer.final_norm(x)
 
-    return Form(advance, logits, hidden, None if in_place else forward.keep, stacked=False)
+    keep = None if in_place else forward.keep
+    return Form(advance, logits, hidden, keep, stacked=False, by_row=in_place)
 
 
 def writes_in_place(config: TransformerConfig) -> bool:

@@ -111,6 +111,8 @@ class Form(NamedTuple):
     keep: Callable[[Pools, Any, Chunk], Pools] | None
     stacked: bool = True
     """Weights of layers, and the room for adapters beside them, have an axis for repeats in front."""
+    by_row: bool = False
+    """Logits do not depend, to the last bit, on the company that a token is computed in: neither shall draws."""
 
 
 def empty_rows(
@@ -148,7 +150,7 @@ def decode_read(form: Form, weights, pools: Pools, state: RowState, steps: Steps
     settings = jax.tree.map(lambda leaf: leaf[steps.rows_b], state.settings)
     logits_bv = form.logits(weights, x_b1d)[:, 0]
     allowed = Allowed(state.bound_r[steps.rows_b], state.allowed_rw)
-    chosen = choose(logits_bv, settings, state.seen, chunk.lengths_b + 1, steps.rows_b, allowed)
+    chosen = choose(logits_bv, settings, state.seen, chunk.lengths_b + 1, steps.rows_b, allowed, form.by_row)
     return told(logits_bv, chosen, chunk.counts_b > 0, settings.ends), written
 
 
@@ -184,7 +186,9 @@ def prompts_read(
     logits_bv = form.logits(weights, last_b1d)[:, 0]
     positions_b = chunk.lengths_b + chunk.counts_b
     allowed = Allowed(prompts.bound_b, state.allowed_rw)
-    chosen = choose(logits_bv, prompts.settings, state.seen, positions_b, prompts.rows_b, allowed)
+    chosen = choose(
+        logits_bv, prompts.settings, state.seen, positions_b, prompts.rows_b, allowed, form.by_row
+    )
     said = told(logits_bv, chosen, prompts.last_b, jnp.asarray(prompts.settings.ends))
     read = prompt_logprobs(form, weights, x_btd, prompts.following_bt)
     return (said, read, pool(form, weights, x_btd, chunk.counts_b, prompts.pooled_b)), written

@@ -62,7 +62,7 @@ def guesses_read(
     settings: RowSettings = jax.tree.map(lambda leaf: leaf[rows], state.settings)
     places = (chunk.lengths_b[:, None] + 1 + jnp.arange(t)).reshape(-1)
     allowed = Allowed(state.bound_r[rows], state.allowed_rw)
-    chosen = choose(logits, settings, state.seen, places, rows, allowed)
+    chosen = choose(logits, settings, state.seen, places, rows, allowed, form.by_row)
     said = told(
         logits, chosen, (jnp.arange(t) < chunk.counts_b[:, None]).reshape(-1), jnp.asarray(settings.ends)
     )

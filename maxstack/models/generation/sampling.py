@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from maxstack.kernels import cpu_native
 from maxstack.models.generation.params import MOST_LOGPROBS, RowSettings
 
 SMALLEST_TEMPERATURE = 1e-6
@@ -19,6 +20,28 @@ LEAST = -1e30
 """Above -inf, and below it still when divided by the smallest temperature."""
 # Tokens that a draw sums at a time; the square root of a vocabulary or so.
 DRAW_BLOCK = 256
+
+
+class Sums(NamedTuple):
+    """How rows are summed."""
+
+    last: Callable[[Array], Array]
+    """Over the last axis."""
+    exponentials: Callable[[Array], tuple[Array, Array, Array]]
+    """e^(x - its row's largest) of [b, v], the sums of its rows, the log-sum-exp of the rows of x."""
+
+
+def plain_exponentials(x_bv: Float[Array, "b v"]) -> tuple[Array, Array, Array]:
+    """As `Sums.exponentials`, by XLA."""
+    most_b = jnp.max(x_bv, -1)
+    e_bv = jnp.exp(x_bv - most_b[:, None])
+    total_b = jnp.sum(e_bv, -1)
+    return e_bv, total_b, most_b + jnp.log(total_b)
+
+
+PLAIN = Sums(lambda x: jnp.sum(x, -1), plain_exponentials)
+NATIVE = Sums(cpu_native.row_sums, cpu_native.row_exponentials)
+"""A row's results do not depend on how many there are."""
 
 
 class Seen(NamedTuple):
@@ -52,10 +75,11 @@ class Chosen(NamedTuple):
 
 def choose(
     logits_bv: Float[Array, "b v"], settings: RowSettings, seen: Seen, positions_b: Int[Array, "b"],
-    rows_b: Int[Array, "b"] | None = None, allowed: Allowed | None = None,
+    rows_b: Int[Array, "b"] | None = None, allowed: Allowed | None = None, by_row: bool = False,
 ) -> Chosen:  # fmt: skip
     """One token a row; `positions_b` are the tokens' places in their rows. `rows_b` says which rows of `seen` and
-    `allowed` these are, where they have others too; they are looked up only if some row needs them."""
+    `allowed` these are, where they have others too; they are looked up only if some row needs them. With `by_row`,
+    on a CPU with C++, what is summed over a row does not depend, to the last bit, on how many rows there are."""
     s = settings
     penalties = (s.repetition_penalty != 1) | (s.presence_penalty != 0) | (s.frequency_penalty != 0)
     x = when(jnp.any(s.bias != 0), lambda x: biased(x, s), logits_bv)
@@ -66,15 +90,16 @@ def choose(
         words = allowed.words_rw if rows_b is None else allowed.words_rw[rows_b]
         x = when(jnp.any(allowed.bound_b), lambda x: restricted(x, allowed.bound_b, words), x)
     likeliest = jnp.argmax(x, -1).astype(jnp.int32)
+    sums = NATIVE if by_row else PLAIN
     tokens = jax.lax.cond(
         jnp.any(s.temperature > 0),
         lambda x: jnp.where(
-            s.temperature > 0, draw(filtered(x, s), jnp.asarray(s.seed), positions_b), likeliest
+            s.temperature > 0, draw(filtered(x, s, sums), jnp.asarray(s.seed), positions_b, sums), likeliest
         ),
         lambda x: likeliest,
         x,
     )
-    return report(logits_bv, tokens, jnp.asarray(s.logprobs))
+    return report(logits_bv, tokens, jnp.asarray(s.logprobs), sums)
 
 
 def when(condition: Array, change: Callable[[Array], Array], x: Array) -> Array:
@@ -117,12 +142,14 @@ def penalised(logits_bv: Float[Array, "b v"], settings: RowSettings, seen: Seen)
     return x - settings.presence_penalty[:, None] * (seen.counts_bv > 0)
 
 
-def filtered(logits_bv: Float[Array, "b v"], settings: RowSettings) -> Float[Array, "b v"]:
+def filtered(
+    logits_bv: Float[Array, "b v"], settings: RowSettings, sums: Sums = PLAIN
+) -> Float[Array, "b v"]:
     """Logits over temperature, -inf for tokens that top_k, top_p or min_p leave out."""
     x = logits_bv / jnp.maximum(settings.temperature, SMALLEST_TEMPERATURE)[:, None]
     top_k, top_p, min_p = (jnp.asarray(part) for part in (settings.top_k, settings.top_p, settings.min_p))
     x = when(jnp.any(top_k > 0), lambda x: keep_top_k(x, top_k), x)
-    x = when(jnp.any(top_p < 1), lambda x: keep_top_p(x, top_p), x)
+    x = when(jnp.any(top_p < 1), lambda x: keep_top_p(x, top_p, sums), x)
     least = jnp.max(x, -1, keepdims=True) + jnp.log(min_p)[:, None]
     return jnp.where(x >= least, x, -jnp.inf)
 
@@ -135,10 +162,13 @@ def keep_top_k(x_bv: Float[Array, "b v"], top_k_b: Int[Array, "b"]) -> Float[Arr
     return jnp.where((keys >= floor[:, None]) | (top_k_b == 0)[:, None], x_bv, -jnp.inf)
 
 
-def keep_top_p(x_bv: Float[Array, "b v"], top_p_b: Float[Array, "b"]) -> Float[Array, "b v"]:
+def keep_top_p(
+    x_bv: Float[Array, "b v"], top_p_b: Float[Array, "b"], sums: Sums = PLAIN
+) -> Float[Array, "b v"]:
     """-inf for all but each row's fewest likeliest tokens whose probability reaches top_p (arXiv:1904.09751)."""
-    keys, p = sortable(x_bv), jax.nn.softmax(x_bv, -1)
-    floor = threshold(lambda inside: jnp.sum(jnp.where(inside, p, 0), -1) >= top_p_b, keys)
+    e_bv, total_b, _ = sums.exponentials(x_bv)
+    keys, p_bv = sortable(x_bv), e_bv / total_b[:, None]
+    floor = threshold(lambda inside: sums.last(jnp.where(inside, p_bv, 0)) >= top_p_b, keys)
     return jnp.where((keys >= floor[:, None]) | (top_p_b == 1)[:, None], x_bv, -jnp.inf)
 
 
@@ -161,8 +191,9 @@ def threshold(
 
 
 def draw(
-    x_bv: Float[Array, "b v"], seeds_b: UInt32[Array, "b"], positions_b: Int[Array, "b"]
-) -> Int[Array, "b"]:
+    x_bv: Float[Array, "b v"], seeds_b: UInt32[Array, "b"], positions_b: Int[Array, "b"],
+    sums: Sums = PLAIN,
+) -> Int[Array, "b"]:  # fmt: skip
     """A token of each row by its probability: the first at which the running sum passes a uniform share of the whole.
 
     The sum runs over blocks, then inside the block it ends in.
@@ -170,9 +201,8 @@ def draw(
     keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(seeds_b, positions_b)
     uniform_b = jax.vmap(jax.random.uniform)(keys)
     b, v = x_bv.shape
-    p = jnp.exp(x_bv - jnp.max(x_bv, -1, keepdims=True))
-    p = jnp.pad(p, ((0, 0), (0, -v % DRAW_BLOCK))).reshape(b, -1, DRAW_BLOCK)
-    upto = jnp.cumsum(p.sum(-1), -1)
+    p = jnp.pad(sums.exponentials(x_bv)[0], ((0, 0), (0, -v % DRAW_BLOCK))).reshape(b, -1, DRAW_BLOCK)
+    upto = jnp.cumsum(sums.last(p), -1)
     target = uniform_b * upto[:, -1]
     block = first_past(upto, target)
     before = jnp.where(block > 0, jnp.take_along_axis(upto, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0)
@@ -187,13 +217,16 @@ def first_past(upto_bm: Float[Array, "b m"], target_b: Float[Array, "b"]) -> Int
     return jnp.minimum(found, last).astype(jnp.int32)
 
 
-def report(logits_bv: Float[Array, "b v"], tokens_b: Int[Array, "b"], logprobs_b: Int[Array, "b"]) -> Chosen:
+def report(
+    logits_bv: Float[Array, "b v"], tokens_b: Int[Array, "b"], logprobs_b: Int[Array, "b"],
+    sums: Sums = PLAIN,
+) -> Chosen:  # fmt: skip
     """The tokens with what rows want to know of their probabilities."""
     b, v = logits_bv.shape
     most = min(MOST_LOGPROBS, v)
 
     def chosen(x: Array) -> tuple[Array, Array]:
-        lse = jax.nn.logsumexp(x, -1)
+        _, _, lse = sums.exponentials(x)
         return jnp.take_along_axis(x, tokens_b[:, None], 1)[:, 0] - lse, lse
 
     def top(x: Array, lse: Array) -> tuple[Array, Array]:

@@ -1,7 +1,7 @@
 """Weights as decoding reads them: in the compute type, and on a CPU unstacked and laid out by output."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -10,11 +10,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from maxstack.models.generation.matrix import ByOutput, Panels, matrix
-from maxstack.models.layers import Embedding, Linear, Weight, soft_cap
+from maxstack.kernels import cpu_native
+from maxstack.models.generation.matrix import ByOutput, Panels, matrix, native
+from maxstack.models.layers import Embedding, Linear, RMSNorm, Weight, soft_cap
 from maxstack.models.moe import MoE
 from maxstack.models.packed import PackedMatrix
 from maxstack.models.transformer import Transformer
+
+Replacements = Mapping[type, Callable[[Any], Any]]
 
 
 class Unstacked(NamedTuple):
@@ -52,22 +55,41 @@ class RowsLinear(nnx.Module):
         return self.w.matrix(dtype).reshape(*self.inputs, *self.outputs)
 
 
+class RowsNorm(nnx.Module):
+    """A root-mean-square norm whose result for a token does not depend on how many there are: XLA sums one row and
+    many in different orders."""
+
+    def __init__(self, norm: RMSNorm):
+        self.scale, self.eps, self.offset = norm.scale, norm.eps, norm.offset
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+        y = cpu_native.rms_norm(rows, self.scale[...].astype(jnp.float32), eps=self.eps, offset=self.offset)
+        return y.reshape(x.shape).astype(x.dtype)
+
+
+def for_rows(dtype: jnp.dtype) -> Replacements:
+    """What modules become on a CPU."""
+    norms: Replacements = {RMSNorm: RowsNorm} if native() else {}
+    return {Linear: lambda linear: RowsLinear(linear, dtype), **norms}
+
+
 # The weights of products that modules of these types hold themselves.
 PRODUCTS: dict[type, tuple[str, ...]] = {
     Linear: ("w",), Embedding: ("table",), MoE: ("gate", "up", "down"), Transformer: ("head",),
 }  # fmt: skip
 
 
-def cast_products(module: Any, dtype: jnp.dtype, linear: Callable[[Linear], Any] | None = None) -> Any:
+def cast_products(module: Any, dtype: jnp.dtype, replace: Replacements | None = None) -> Any:
     """A copy of a module with the weights of its products in the compute type, as a product would cast them.
 
-    `linear` takes the place of every Linear instead.
+    `replace` says what takes the place of modules of a type instead.
     """
-    if type(module) is Linear and linear is not None:
-        return linear(module)
+    if replace is not None and type(module) in replace:
+        return replace[type(module)](module)
     if not isinstance(module, nnx.Module):
         return module
-    copy = with_parts(module, lambda part: cast_products(part, dtype, linear))
+    copy = with_parts(module, lambda part: cast_products(part, dtype, replace))
     for name in PRODUCTS.get(type(module), ()):
         old = getattr(copy, name)
         if isinstance(old, nnx.Variable):
@@ -78,16 +100,17 @@ def cast_products(module: Any, dtype: jnp.dtype, linear: Callable[[Linear], Any]
 def unstack(model: Transformer) -> Unstacked:
     """The model's layers one by one, their products' weights laid out by output."""
     dtype, blocks = jnp.dtype(model.config.dtype), []
+    replace = for_rows(dtype)
     for config, stack in zip(model.config.stacks, model.stacks, strict=True):
         for repeat in range(config.repeats):
             for layer in cast(Any, stack).layers:
                 # By way of numpy, which takes a layer from a stack without compiling anything.
                 one = jax.tree.map(lambda leaf, i=repeat: np.asarray(leaf)[i], layer)
-                by_output = cast_products(one, dtype, lambda linear: RowsLinear(linear, dtype))
+                by_output = cast_products(one, dtype, replace)
                 blocks.append(jax.tree.map(jnp.asarray, by_output))
     outer = with_parts(model, lambda part: part)
     head, outer.stacks, outer.head = outer.head, nnx.List([]), None
-    outer = cast_products(outer, dtype)
+    outer = cast_products(outer, dtype, replace)
     if isinstance(head, PackedMatrix):
         return Unstacked(tuple(blocks), outer, head)
     table = model.embedding.table[...] if head is None else np.asarray(head[...]).T

@@ -1,0 +1,59 @@
+"""On a CPU a request's tokens and log-probabilities are the same to the last bit, whatever happens around it."""
+
+import dataclasses
+import functools
+
+import pytest
+
+from maxstack.kernels import cpu_native
+from maxstack.models.generation import SamplingParams
+from maxstack.serve import Engine
+from tests.models.tiny import build
+from tests.serve.driven import CONFIG, LIMITS, prompts
+
+pytestmark = [
+    pytest.mark.usefixtures("optimized"),  # what the compiler does to sums is the point
+    pytest.mark.skipif(not cpu_native.available(), reason=f"no C++: {cpu_native.problem()}"),
+]
+PROMPTS = prompts(3, 17, 9, 30, 12, 5)
+DRAWN = SamplingParams(max_tokens=14, temperature=1.0, top_k=40, top_p=0.95, seed=7, logprobs=2)
+PARAMS = [DRAWN, dataclasses.replace(DRAWN, temperature=0.0), dataclasses.replace(DRAWN, seed=8)] * 2
+
+
+@functools.cache
+def model():
+    return build(CONFIG)
+
+
+@functools.cache
+def alone():
+    with Engine(model(), limits=LIMITS, buckets=(1, 4)) as engine:
+        return [answer(engine.generate([p], own)) for p, own in zip(PROMPTS, PARAMS, strict=True)]
+
+
+def answer(outputs: list) -> tuple:
+    [output] = outputs
+    return output.token_ids, output.logprobs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"chunks": ((3, 16),), "tokens_a_step": 52},
+        {"prefix_cache": False, "pages": 22},  # too few pages for all: some are preempted
+        {"drafts": 2, "tokens_a_step": 28},
+    ],
+    ids=["together", "other chunks", "preempted", "speculated"],
+)
+def test_company_chunks_preemption_and_speculation_change_no_bit(changes):
+    limits = dataclasses.replace(LIMITS, **changes)
+    with Engine(model(), limits=limits, buckets=(2, 4)) as engine:
+        together = engine.generate(PROMPTS, PARAMS)
+        if "pages" in changes:
+            assert engine.asynchronous.scheduler.counters.num_preemptions > 0
+        again = engine.generate(PROMPTS[::-1], PARAMS[::-1])[::-1]  # prefixes are cached now
+    for given in (together, again):
+        for one, (tokens, logprobs) in zip(given, alone(), strict=True):
+            assert one.token_ids == tokens
+            assert one.logprobs == logprobs
