@@ -69,6 +69,10 @@ def _model(group: Any) -> None:
         metavar="R",
         help="the highest rank there is room for (default: theirs)",
     )
+    add("--drafts", type=positive, metavar="K",
+        help="guess K tokens a step from what a request has said, while it pays; answers stay the same")  # fmt: skip
+    add("--draft-model", metavar="M",
+        help="a small model with the same tokens that guesses instead (with it K is 4 by default)")  # fmt: skip
     add(
         "--weights",
         choices=KINDS,
@@ -141,6 +145,7 @@ def main(argv: Sequence[str]) -> int:
         model=args.model, name=args.name, adapters=tuple(args.adapters), weights=args.weights, dtype=args.dtype,
         step=args.step, averaged=args.averaged, kv=args.kv, max_length=args.max_length, rows=args.rows,
         pages=args.pages, waiting=args.waiting, adapter_slots=args.adapter_slots, adapter_rank=args.adapter_rank,
+        drafts=args.drafts, draft_model=args.draft_model,
     )  # fmt: skip
     phases = Phases(log.info)
     if args.compile_only:

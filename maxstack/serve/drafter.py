@@ -64,7 +64,8 @@ class Drafter:
         if self._form.keep is None:
             table.add(key, read, *arguments, donate=(1,))
             return
-        written = table.add((*key, "read"), read, *arguments)
+        table.add((*key, "read"), read, *arguments)
+        written = table.gives((*key, "read"))
         table.add((*key, "keep"), self._form.keep, self._pools, written, arguments[2], donate=(0,))
 
     def add_guess(self, table: Compiled, bucket: int, state: RowState, steps: Steps) -> None:
@@ -74,7 +75,8 @@ class Drafter:
         if self._form.keep is None:
             table.add(("draft", bucket), partial(guess, self._form), *arguments, donate=(1, 3))
             return
-        drafting, written = table.add(("draft", bucket, "read"), partial(guess, self._form), *arguments)
+        table.add(("draft", bucket, "read"), partial(guess, self._form), *arguments)
+        drafting, written = table.gives(("draft", bucket, "read"))
         table.add(
             ("draft", bucket, "keep"), partial(keep, self._form), self._pools, written, rest, drafting, steps, at,
             donate=(0,),

@@ -21,6 +21,7 @@ from maxstack.serve.plan import Limits
 from maxstack.serve.sizes import default_limits
 
 RANK = 16
+DRAFTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,9 @@ class Start:
     """Names and folders."""
     adapter_slots: int | None = None
     adapter_rank: int | None = None
+    drafts: int | None = None
+    """Tokens guessed a step and row; None is none, or with a draft model as many as `DRAFTS`."""
+    draft_model: str | None = None
     weights: Any = None
     dtype: Any = None
     step: int | None = None
@@ -60,10 +64,12 @@ def start(what: Start, phases: Phases, metrics: Metrics | None = None) -> AsyncE
         raise UserError(f"{what.model} has no tokenizer beside it: requests and answers are text")
     with phases.phase(WEIGHTS, "weights and cache lie on the device"):
         kv = what.kv or model.config.dtype
+        draft = None if what.draft_model is None else load(what.draft_model, dtype=what.dtype)[0]
         engine = AsyncEngine(
-            model, tokenizer, limits=limits_of(what, model.config, kv), kv_dtype=kv, adapters=slots_of(what)
-        )
-        del model  # the engine has its own form of the weights
+            model, tokenizer, limits=limits_of(what, model.config, kv), kv_dtype=kv, adapters=slots_of(what),
+            draft=draft,
+        )  # fmt: skip
+        del model, draft  # the engine has its own form of the weights
     if metrics is not None:
         metrics.traffic = traffic_of(engine, kv, peak)
     with phases.phase(COMPILE, "every program is compiled"):
@@ -81,7 +87,10 @@ def limits_of(what: Start, config: TransformerConfig, kv: Any) -> Limits:
         raise UserError(f"--max-length {what.max_length} is more than the model's {config.max_length} tokens")
     limits = default_limits(config, kv, rows=what.rows, max_length=what.max_length)
     limits = dataclasses.replace(
-        limits, pages=what.pages or limits.pages, waiting=what.waiting or limits.waiting
+        limits,
+        pages=what.pages or limits.pages,
+        waiting=what.waiting or limits.waiting,
+        drafts=drafts_of(what),
     )
     if limits.pages < limits.table_width:
         raise UserError(
@@ -89,6 +98,11 @@ def limits_of(what: Start, config: TransformerConfig, kv: Any) -> Limits:
             f"{limits.table_width} or more, or a smaller --max-length"
         )
     return limits
+
+
+def drafts_of(what: Start) -> int:
+    """Tokens guessed a step and row."""
+    return what.drafts if what.drafts is not None else 0 if what.draft_model is None else DRAFTS
 
 
 def slots_of(what: Start) -> AdapterSlots | None:

@@ -35,6 +35,8 @@ COUNTERS = {
     "prefix_cache_hits": "Prompt tokens that the prefix cache had.",
     "prefix_cache_collisions": "Keys of pages that turned out to belong to other tokens.",
     "num_preemptions": "Requests that gave up their pages and were read again.",
+    "spec_decode_num_draft_tokens": "Places for guesses, in steps that had some.",
+    "spec_decode_num_accepted_tokens": "Guesses that came true.",
     "prompt_tokens": "Tokens of prompts that were read.",
     "generation_tokens": "Tokens that were generated.",
     "plans": "Plans that the scheduler made.",
