@@ -10,7 +10,9 @@ import sys
 import time
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+
+PAGE = 64
 
 
 @torch.inference_mode()
@@ -39,7 +41,15 @@ def config(tokens, **more):
 @torch.inference_mode()
 def continuous(model, asks, at_once):
     """All requests are given at once, at most `at_once` run: its own scheduler decides."""
-    manager = model.init_continuous_batching(generation_config=config(max(count for _, count in asks)))
+    # Sized by what the trace needs: by itself it takes most of the machine's memory, and is slower for it.
+    longest = max(len(prompt) + count for prompt, count in asks)
+    sizes = ContinuousBatchingConfig(
+        page_size=PAGE, num_blocks=(-(-longest // PAGE) + 1) * at_once, max_batch_tokens=512,
+        max_requests_per_batch=at_once, allow_block_sharing=False,
+    )  # fmt: skip
+    manager = model.init_continuous_batching(
+        generation_config=config(max(count for _, count in asks)), continuous_batching_config=sizes
+    )
     manager.start()
     try:
         left, under_way, tokens = list(reversed(asks)), 0, 0

@@ -8,7 +8,8 @@ layout that cannot work is refused while tracing. Without a mesh every function 
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -176,6 +177,20 @@ def current_mesh() -> AbstractMesh | None:
     """The mesh set by `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that the arrays of a tree are cut over; None on one device."""
+    for leaf in jax.tree.leaves(tree):
+        where = getattr(leaf, "sharding", None)
+        if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) and where.mesh.size > 1:
+            return where.mesh
+    return None
+
+
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """What is traced inside is for the mesh; None changes nothing."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def activation_spec(*axes: str | None) -> PartitionSpec | None:

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
+
+from maxstack.sharding import on_mesh
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """What jax.monitoring says whenever a program is compiled, or read from the cache of compiled ones."""
@@ -17,7 +20,9 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 class Compiled:
     """Programs by name and shape. A call with another shape is an error, never a compilation."""
 
-    def __init__(self):
+    def __init__(self, mesh: Mesh | None = None):
+        """On a `mesh` every program runs on all of it."""
+        self._mesh = mesh
         self._wanted: dict[Any, tuple[Any, tuple]] = {}
         self._compiled: dict[Any, Any] = {}
 
@@ -33,7 +38,8 @@ class Compiled:
     def gives(self, key: Any) -> Any:
         """The shapes of what a wanted program returns."""
         function, shapes = self._wanted[key]
-        return function.eval_shape(*shapes)
+        with on_mesh(self._mesh):
+            return function.eval_shape(*shapes)
 
     def compile(self, threads: int | None = None, told: Callable[[int, int], None] | None = None) -> None:
         """Compile what is wanted, several at once: tracing takes turns, the compiler does not. `told` hears of each
@@ -42,7 +48,8 @@ class Compiled:
 
         def one(each: tuple[Any, tuple[Any, tuple]]) -> tuple[Any, Any]:
             key, (function, shapes) = each
-            compiled = function.lower(*shapes).compile()
+            with on_mesh(self._mesh):
+                compiled = function.lower(*shapes).compile()
             if told is not None:
                 told(next(done), len(self._wanted))
             return key, compiled

@@ -17,6 +17,7 @@ from maxstack.kernels.paged_attention import PageType
 from maxstack.models import adapters
 from maxstack.models.generation.params import SamplingParams, row_settings
 from maxstack.models.paged.forward import Chunk as Tokens
+from maxstack.models.paged.layer import cut
 from maxstack.models.paged.pools import init_pools
 from maxstack.models.transformer import TransformerConfig
 from maxstack.serve import drafts, programs, rooms, speculation
@@ -32,6 +33,7 @@ from maxstack.serve.programs import (
     Weights,
 )
 from maxstack.serve.results import Found, Launched, results
+from maxstack.sharding import mesh_of
 
 # Arrays on their way to the device: programs take them as its own, and their types say so.
 arrays: Any = np
@@ -83,7 +85,8 @@ class Device:
         self._generated = arrays.zeros(limits.rows + 1, np.int32)
         self._adapters = arrays.zeros(limits.rows + 1, np.int32) if isinstance(weights, tuple) else None
         self._room = jax.tree.map(shape_of, weights[1]) if isinstance(weights, tuple) else None
-        self._programs = Compiled()
+        mesh = mesh_of(weights)
+        self._programs = Compiled(mesh)
         self.buckets = buckets_up_to(limits.rows) if buckets is None else tuple(sorted(buckets))
         self.guessing = tuple(b for b in self.buckets if b * (1 + limits.drafts) <= GUESSED)
         """Numbers of rows that steps with guesses are compiled for, where there are any."""
@@ -93,7 +96,8 @@ class Device:
             pools = init_pools(config, limits.pages, limits.page, kv_dtype)
             history = limits.max_length + 1 if limits.drafts else 0
             guesses = limits.drafts if drafter is not None else 0
-            return pools, programs.empty_rows(limits.rows + 1, config.vocab_size, settings, history, guesses)
+            rows = programs.empty_rows(limits.rows + 1, config.vocab_size, settings, history, guesses)
+            return pools if mesh is None else cut(pools), rows
 
         self._programs.add("empty", empty)
         self._programs.compile()

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from maxstack.config import UserError
@@ -25,6 +26,7 @@ from maxstack.serve.drafts import Drafting
 from maxstack.serve.forms import form_for
 from maxstack.serve.plan import Limits
 from maxstack.serve.programs import Form, RowState, Steps
+from maxstack.sharding import mesh_of
 
 
 class Drafter:
@@ -32,13 +34,17 @@ class Drafter:
 
     def __init__(
         self, model: Transformer, config: TransformerConfig, limits: Limits, kv_dtype: PageType,
-        on: str | None = None,
+        on: str | None = None, large_mesh: Mesh | None = None,
     ):  # fmt: skip
         """`config` is the large model's. Raises UserError for a model whose guesses it could not take."""
         if model.config.vocab_size != config.vocab_size:
             raise UserError(
                 f"the draft model knows {model.config.vocab_size} tokens, the model {config.vocab_size}: its guesses "
                 "must be tokens of the model"
+            )
+        if large_mesh is not None or mesh_of(model) is not None:
+            raise UserError(
+                "a draft model is not served on several devices yet: leave it out, or serve on one"
             )
         if not limits.drafts:
             raise UserError(

@@ -1,7 +1,6 @@
 """A model that answers many at once, for async code; `blocking.Engine` is for any other."""
 
 import asyncio
-import dataclasses
 import itertools
 import threading
 import time
@@ -23,6 +22,7 @@ from maxstack.models.transformer import Transformer, TransformerConfig
 from maxstack.serve import choices, rooms, swapping
 from maxstack.serve.adapters import Adapters
 from maxstack.serve.constrain.matching import Compiled as Constrained
+from maxstack.serve.constrain.matching import left_to_the_engine
 from maxstack.serve.device import Asked, Device
 from maxstack.serve.drafter import Drafter
 from maxstack.serve.embedding import Embedding, Pool, embed
@@ -36,6 +36,7 @@ from maxstack.serve.request import Request
 from maxstack.serve.scheduler import Scheduler
 from maxstack.serve.sizes import default_limits
 from maxstack.serve.stream import Stream
+from maxstack.sharding import mesh_of
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams]
@@ -73,7 +74,9 @@ class AsyncEngine:
         self.limits = default_limits(model.config, kv_dtype) if limits is None else limits
         self.on = on
         form, weights = form_for(model, on, adapters)
-        drafter = None if draft is None else Drafter(draft, model.config, self.limits, kv_dtype, on)
+        drafter = (
+            None if draft is None else Drafter(draft, model.config, self.limits, kv_dtype, on, mesh_of(model))
+        )
         device = Device(model.config, form, weights, self.limits, kv_dtype, buckets, drafter)
         self._loop = Loop(device, Scheduler(self.limits), self._deliver, clock)
         self.adapters = Adapters(adapters, model.config, rooms.names(model, adapters), self._put_adapter)
@@ -217,9 +220,8 @@ class AsyncEngine:
             raise UserError(f"request id {name!r} is in use: leave it out, or give each request its own")
         matching = None
         if constraint is not None:
-            matching = constraint.start(params, params.ends(self.end_ids), self.config.vocab_size)
-            # The grammar sees to both: an end may be all that it has left.
-            params = dataclasses.replace(params, min_tokens=0, ignore_eos=False)
+            matching = constraint.start(params, self.end_ids, self.config.vocab_size)
+            params = left_to_the_engine(params)
         held = None if adapter is None else self.adapters.take(adapter)
         # Rotation that depends on a prompt's length makes other keys of the same tokens.
         salt = ("" if held is None else held.salt) + (f" of {len(ids)}" if self._by_length else "")

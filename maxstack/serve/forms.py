@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from maxstack import sharding
+from maxstack.config import UserError
 from maxstack.kernels import cpu_native
 from maxstack.models.adapters import AdapterSlots
 from maxstack.models.generation.weights import Unstacked, cast_products, unstack
@@ -21,14 +23,20 @@ def form_for(
     """The form for a platform ("cpu", "cuda", "tpu"; by default the one at hand), and the weights as it takes them.
 
     On a CPU those are a copy, laid out anew: let go of the model if memory is short. With `slots` there is room for
-    adapters beside them.
+    adapters beside them. A model that lies on a mesh stays there.
     """
-    if (on or platform()) == "cpu":
+    mesh = sharding.mesh_of(model)
+    if (on or platform()) == "cpu" and mesh is None:
         unstacked = unstack(model)
         leaves, treedef = jax.tree.flatten(unstacked)
         form = written_out(model.config, treedef, slots is not None, in_place=writes_in_place(model.config))
         return form, leaves if slots is None else (leaves, rooms.beside_layers(unstacked, slots))
-    leaves, treedef = jax.tree.flatten(cast_products(model, jnp.dtype(model.config.dtype)))
+    if mesh is not None and slots is not None:
+        raise UserError(
+            f"adapters are not served on {mesh.size} devices yet: merge one into the weights, or serve on one device"
+        )
+    with sharding.on_mesh(mesh):
+        leaves, treedef = jax.tree.flatten(cast_products(model, jnp.dtype(model.config.dtype)))
     form = scanned(treedef, slots is not None)
     return form, leaves if slots is None else (leaves, rooms.beside_stacks(model, slots))
 
@@ -47,7 +55,7 @@ def scanned(treedef: Any, adapted: bool = False) -> Form:
 
     def logits(weights, x):
         model = model_of(weights)
-        return model.logits(model.final_norm(x))
+        return sharding.whole(model.logits(model.final_norm(x)))
 
     def hidden(weights, x):
         return model_of(weights).final_norm(x)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from maxstack.config import UserError
 from maxstack.models.adapters import AdapterSlots
@@ -19,9 +21,12 @@ from maxstack.serve.operate.metrics import Metrics, Traffic
 from maxstack.serve.operate.phases import ADAPTERS, COMPILE, LOAD, WEIGHTS, Phases
 from maxstack.serve.plan import Limits
 from maxstack.serve.sizes import default_limits
+from maxstack.sharding import MeshConfig, build_mesh
 
 RANK = 16
 DRAFTS = 4
+SLOW_FLOPS = 1e9
+"""A second and core; twenty times that is usual."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +39,6 @@ class Start:
     """Names and folders."""
     adapter_slots: int | None = None
     adapter_rank: int | None = None
-    drafts: int | None = None
-    """Tokens guessed a step and row; None is none, or with a draft model as many as `DRAFTS`."""
-    draft_model: str | None = None
     weights: Any = None
     dtype: Any = None
     step: int | None = None
@@ -46,6 +48,11 @@ class Start:
     rows: int | None = None
     pages: int | None = None
     waiting: int | None = None
+    tensor: int = 1
+    """Devices that share each product, and hold their own heads of the cache."""
+    drafts: int = 0
+    draft_model: str | None = None
+    """A small one that guesses; None guesses from what was said."""
 
     @property
     def model_name(self) -> str:
@@ -58,8 +65,9 @@ def start(what: Start, phases: Phases, metrics: Metrics | None = None) -> AsyncE
     peak = None if metrics is None else peak_bandwidth(jax.local_devices()[0].device_kind)
     with phases.phase(LOAD, f"{what.model} is read"):
         model, tokenizer = load(
-            what.model, step=what.step, averaged=what.averaged, dtype=what.dtype, weights=what.weights
-        )
+            what.model, step=what.step, averaged=what.averaged, dtype=what.dtype, weights=what.weights,
+            mesh=mesh_for(what.tensor),
+        )  # fmt: skip
     if tokenizer is None:
         raise UserError(f"{what.model} has no tokenizer beside it: requests and answers are text")
     with phases.phase(WEIGHTS, "weights and cache lie on the device"):
@@ -71,7 +79,7 @@ def start(what: Start, phases: Phases, metrics: Metrics | None = None) -> AsyncE
         )  # fmt: skip
         del model, draft  # the engine has its own form of the weights
     if metrics is not None:
-        metrics.traffic = traffic_of(engine, kv, peak)
+        metrics.traffic = traffic_of(what, engine, kv, peak)
     with phases.phase(COMPILE, "every program is compiled"):
         engine.warm_up(phases.compiled)
     if what.adapters:
@@ -81,28 +89,30 @@ def start(what: Start, phases: Phases, metrics: Metrics | None = None) -> AsyncE
     return engine
 
 
+def mesh_for(tensor: int) -> Mesh | None:
+    """The first devices as a mesh; None for one. Raises UserError if there are not so many."""
+    if tensor == 1:
+        return None
+    if tensor > (there := jax.local_device_count()):
+        raise UserError(f"--tensor {tensor}: this machine has {there} devices")
+    return build_mesh(MeshConfig(fsdp=1, tensor=tensor), jax.local_devices()[:tensor])
+
+
 def limits_of(what: Start, config: TransformerConfig, kv: Any) -> Limits:
     """The sizes that fit, with those that were asked for. Raises UserError for what cannot be."""
     if what.max_length is not None and what.max_length > config.max_length:
         raise UserError(f"--max-length {what.max_length} is more than the model's {config.max_length} tokens")
     limits = default_limits(config, kv, rows=what.rows, max_length=what.max_length)
     limits = dataclasses.replace(
-        limits,
-        pages=what.pages or limits.pages,
-        waiting=what.waiting or limits.waiting,
-        drafts=drafts_of(what),
-    )
+        limits, pages=what.pages or limits.pages, waiting=what.waiting or limits.waiting, drafts=what.drafts,
+        tokens_a_step=limits.tokens_a_step + limits.rows * what.drafts,
+    )  # fmt: skip
     if limits.pages < limits.table_width:
         raise UserError(
             f"--pages {limits.pages} of {limits.page} tokens hold no sequence of {limits.max_length} tokens: give "
             f"{limits.table_width} or more, or a smaller --max-length"
         )
     return limits
-
-
-def drafts_of(what: Start) -> int:
-    """Tokens guessed a step and row."""
-    return what.drafts if what.drafts is not None else 0 if what.draft_model is None else DRAFTS
 
 
 def slots_of(what: Start) -> AdapterSlots | None:
@@ -127,11 +137,19 @@ def rank_of(folder: Path) -> int:
     return rank if isinstance(rank, int) and rank > 0 else RANK
 
 
-def traffic_of(engine: AsyncEngine, kv: Any, peak: float | None) -> Traffic:
+def traffic_of(what: Start, engine: AsyncEngine, kv: Any, peak: float | None) -> Traffic:
     """Bytes that a step has to read at most: all weights, and the keys and values of its rows."""
-    devices, limits = jax.local_device_count(), engine.limits
+    devices, limits = what.tensor, engine.limits
     return Traffic(
         weight_bytes=engine.weight_bytes,
         kv_bytes_a_token=page_bytes(engine.config, limits.page, kv) / limits.page,
         peak=None if peak is None else peak * (devices if jax.default_backend() != "cpu" else 1),
     )
+
+
+def slow_step_s(engine: AsyncEngine) -> float:
+    """Seconds that the largest step cannot reasonably exceed: on a processor, by a rate that any of them reaches."""
+    if jax.default_backend() != "cpu":
+        return 0.0
+    weights = sum(leaf.size for leaf in engine.leaves)
+    return 2 * weights * engine.limits.tokens_a_step / ((os.cpu_count() or 1) * SLOW_FLOPS)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from maxstack.config import UserError
 from maxstack.models.transformer import Transformer
@@ -62,6 +63,11 @@ def new_leaves(engine: "AsyncEngine", model: Transformer) -> list[Any]:
         raise UserError(
             f"the new model has {len(new)} arrays, the one that is served {len(old)}: one of them is packed in few bits"
         )
+    # On a CPU weights that lose nothing by it lie in bfloat16: what is served may need more.
+    new = [
+        theirs.astype(mine.dtype) if jnp.promote_types(mine.dtype, theirs.dtype) == mine.dtype else theirs
+        for mine, theirs in zip(old, new, strict=True)
+    ]
     for i, (mine, theirs) in enumerate(zip(old, new, strict=True)):
         if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
             raise UserError(

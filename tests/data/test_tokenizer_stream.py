@@ -105,3 +105,13 @@ def test_a_decoder_that_cannot_be_followed_is_refused_by_name():
     assert tokenizer.decode([0, 1]) == "ab"
     with pytest.raises(UserError, match="this one is WordPiece"):
         StreamDecoder(tokenizer)
+
+
+def test_special_tokens_that_somebody_looks_for_are_in_the_text_and_others_are_not():
+    inner = tokenizers.Tokenizer.from_str(byte_tokenizer().definition)
+    inner.add_special_tokens(["<|mark|>", "<|other|>"])
+    tokenizer = Tokenizer(inner.to_str())
+    decoder = StreamDecoder(tokenizer, keep=("<|mark|>", "<|unknown|>"))
+    ids = tokenizer.encode("a<|mark|>b<|other|>c", special=True)
+    assert "".join(map(decoder.push, ids)) + decoder.finish() == "a<|mark|>bc"
+    assert "".join(map(StreamDecoder(tokenizer).push, ids)) == "abc"

@@ -10,6 +10,7 @@ import numpy as np
 
 from maxstack.models import Transformer, TransformerConfig
 from maxstack.models.generation import SamplingParams
+from maxstack.serve.constrain.matching import Compiled, left_to_the_engine
 from maxstack.serve.device import Asked, Device
 from maxstack.serve.forms import form_for
 from maxstack.serve.loop import Loop, News
@@ -59,10 +60,17 @@ class Driven:
         self.turns, self._numbers = 0, itertools.count()
         self._tokenizer, self._ends = tokenizer, frozenset(end_ids)
 
-    def ask(self, prompt: Sequence[int], params: SamplingParams = GREEDY, **fields) -> Answer:
-        name = f"{next(self._numbers)}"
+    def ask(
+        self, prompt: Sequence[int], params: SamplingParams = GREEDY, constraint: Compiled | None = None,
+        **fields,
+    ) -> Answer:  # fmt: skip
+        name, matching = f"{next(self._numbers)}", None
+        if constraint is not None:
+            matching = constraint.start(params, self._ends, VOCAB)
+            params = left_to_the_engine(params)
+            fields["stepwise"] = True
         answer = self.answers[name] = Answer(name, tuple(prompt), params, self._tokenizer, self._ends)
-        asked = Asked(params, tuple(sorted(params.ends(self._ends))))
+        asked = Asked(params, tuple(sorted(params.ends(self._ends))), matching=matching)
         fields = {"use_cache": params.prompt_logprobs is None} | fields
         fields |= {"id": name, "prompt": tuple(prompt), "max_tokens": params.max_tokens, "params": asked}
         self.loop.submit(Request(arrived=float(self.turns), **fields))
@@ -81,10 +89,12 @@ class Driven:
             assert self.turns < 10_000, "it does not come to an end"
 
     def together(
-        self, rows: Sequence[Sequence[int]], params: SamplingParams | Sequence = GREEDY
-    ) -> list[Answer]:
+        self, rows: Sequence[Sequence[int]], params: SamplingParams | Sequence = GREEDY,
+        constraints: Sequence[Compiled | None] | None = None,
+    ) -> list[Answer]:  # fmt: skip
         each = [params] * len(rows) if isinstance(params, SamplingParams) else params
-        answers = [self.ask(prompt, own) for prompt, own in zip(rows, each, strict=True)]
+        bound = [None] * len(rows) if constraints is None else constraints
+        answers = [self.ask(*one) for one in zip(rows, each, bound, strict=True)]
         self.run()
         return answers
 

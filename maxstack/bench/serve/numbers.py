@@ -97,7 +97,7 @@ class Report:
             lines.append(f"goodput {self.good_requests_per_s:.2f} requests/s ({wanted})")
         lines.append(" " * 24 + "".join(f"{name:>10}" for name in (*_names(), "mean")))
         for kind, values in self.percentiles_s.items():
-            cells = (f"{values[name] * 1e3:>10.1f}" for name in (*_names(), "mean"))
+            cells = (f"{values[name] * 1e3:>10.1f}" for name in (*_names(), "mean") if name in values)
             lines.append(f"{KINDS[kind]:<21} ms" + "".join(cells))
         if self.short:
             lines.append(f"{self.short} answers were shorter than asked for")
@@ -165,7 +165,7 @@ def predicted(what: str, found: Simulated, target_s: dict[str, float]) -> Report
         cached_tokens=round(found.prompt_tokens * found.hit_rate),
         output_tokens=found.output_tokens,
         percentiles_s={
-            kind: {f"p{percent}": value for percent, value in values.items()} | {"mean": float("nan")}
+            kind: {f"p{percent}": value for percent, value in values.items()}
             for kind, values in kinds.items()
         },
         good_requests_per_s=found.goodput if target_s else None,

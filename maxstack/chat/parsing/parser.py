@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from maxstack.chat.parsing.calls import Calls, new_id
-from maxstack.chat.parsing.pieces import Piece, Reasoning, Text
+from maxstack.chat.parsing.pieces import Piece, Reasoning, Text, joined
 from maxstack.chat.parsing.styles import Style, style_for
 from maxstack.chat.reasoning import Splitter, tags_of
 
@@ -25,12 +25,12 @@ class Parser:
 
     def feed(self, text: str) -> list[Piece]:
         """What is certain with this text."""
-        return self._sorted(self._splitter.push(text))
+        return joined(self._sorted(self._splitter.push(text)))
 
     def end(self) -> list[Piece]:
         """The rest, when the answer is over."""
         pieces = self._sorted(self._splitter.finish())
-        return pieces if self._calls is None else pieces + self._calls.end()
+        return joined(pieces if self._calls is None else pieces + self._calls.end())
 
     def _sorted(self, cut: Sequence[Any]) -> list[Piece]:
         pieces: list[Piece] = []
@@ -45,20 +45,21 @@ class Parser:
 
 
 def parser_for(
-    name_or_template: str | Mapping[str, str] | None, *, vocabulary: Collection[str] = (),
+    name_or_template: str | Mapping[str, str] | None, *, style: str | None = None, vocabulary: Collection[str] = (),
     tools: Sequence[Mapping[str, Any]] | None = None, prompt: str = "", reasoning: bool = True,
     ids: Callable[[], str] = new_id,
 ) -> Parser:  # fmt: skip
-    """The parser for a model, by the name of a style ("hermes", "llama3", …) or by its chat template.
+    """The parser for a model, by the name of a style ("hermes", "llama3", …) or by its chat template, of which `style`
+    may be the name where that does not tell.
 
     `vocabulary` are its added tokens, which tell what a template may not; `prompt` is the rendered one, which may have
     opened the thoughts. With `tools=[]` no calls are looked for; None takes calls of any name.
     """
     templates = name_or_template if isinstance(name_or_template, Mapping) else {"": name_or_template or ""}
     text = "\n".join(templates.values())
-    style = None if tools is not None and not tools else style_for(text, vocabulary)
+    found = None if tools is not None and not tools else style_for(style or text, vocabulary)
     thoughts = tags_of(text) if reasoning else None
-    return Parser(style, thoughts, prompt=prompt, schemas=schemas_of(tools), ids=ids)
+    return Parser(found, thoughts, prompt=prompt, schemas=schemas_of(tools), ids=ids)
 
 
 def schemas_of(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Any] | None:

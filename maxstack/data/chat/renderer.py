@@ -13,6 +13,7 @@ from maxstack.data.chat.fence import Fence, Span
 from maxstack.data.chat.messages import REASONING, Message, checked_messages, checked_tools
 from maxstack.data.chat.supervision import Conversation, Supervise, supervised_spans
 from maxstack.data.chat.template import ChatTemplate, plain_data
+from maxstack.data.chat.tool_templates import tool_template_for
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -238,8 +239,8 @@ def renderer_for(
 ) -> ChatRenderer:
     """The renderer for a tokenizer by its own template, or by another one: jinja text, or "chatml".
 
-    Of several templates of a tokenizer the one named "default" is taken, and "tool_use" where tools are given. Raises
-    UserError where there is none.
+    Of several templates of a tokenizer the one named "default" is taken, and "tool_use" where tools are given; for some
+    models whose own has no place for tools one is known here. Raises UserError where there is none.
     """
     if template == "chatml":
         return ChatRenderer(tokenizer, CHATML, now=now)
@@ -252,7 +253,8 @@ def renderer_for(
             "chat_template.jinja beside the tokenizer"
         )
     if isinstance(own, str):
-        return ChatRenderer(tokenizer, own, now=now)
+        for_tools = tool_template_for(own, tokenizer.added_tokens)
+        return ChatRenderer(tokenizer, own, tool_template=for_tools, now=now)
     if "default" not in own and len(own) > 1:
         raise UserError(
             f"this tokenizer has templates {', '.join(sorted(own))} and none is the default: give one's text"

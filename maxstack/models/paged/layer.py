@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from maxstack import sharding
 from maxstack.kernels.attention import attention
 from maxstack.kernels.paged_attention import (
     KVCache,
@@ -51,8 +52,59 @@ def attend(
 ) -> tuple[Float[Array, "b t n w"], Any]:  # fmt: skip
     """Attention of new tokens over pages and each other, and the pool with their rows in it, or the rows (k, v).
 
-    `options` are window, softcap and scale, as `kernels.attention` takes them.
+    `options` are window, softcap and scale, as `kernels.attention` takes them. On a mesh each device has its own heads.
     """
+    if sharding.on_one_device():
+        return attend_here(
+            q_btnh, k_btkh, v_btkw, cache, positions_bt, sinks=sinks, implementation=implementation, **options
+        )
+    heads = sharding.activation_spec("batch", "sequence", "heads", "head_dim")
+    pool, none = pool_spec(cache.pool), jax.P()
+
+    def local(q, k, v, pool, sinks, table_bp, lengths_b, counts_b, positions_bt):
+        own = Paged(pool, table_bp, lengths_b, counts_b, writes=True)
+        return attend_here(q, k, v, own, positions_bt, sinks=sinks, implementation=implementation, **options)
+
+    return jax.shard_map(
+        local,
+        in_specs=(heads, heads, heads, pool, sharding.activation_spec("heads"), none, none, none, none),
+        out_specs=(heads, pool),
+        check_vma=False,  # kernels do not say what their results vary over
+    )(
+        q_btnh,
+        k_btkh,
+        v_btkw,
+        cache.pool,
+        sinks,
+        cache.table_bp,
+        cache.lengths_b,
+        cache.counts_b,
+        positions_bt,
+    )
+
+
+def pool_spec(pool: Any) -> Any:
+    """Keys and values cut by heads; latents, which all heads read, whole."""
+    cut = jax.P() if isinstance(pool, LatentCache) else sharding.activation_spec(None, "kv_heads")
+    return jax.tree.map(lambda _: cut, pool)
+
+
+def cut(pools: Any) -> Any:
+    """Pools as layers on a mesh have them."""
+    kinds = KVCache | LatentCache
+
+    def one(pool: Any) -> Any:
+        return jax.tree.map(jax.reshard, pool, pool_spec(pool))
+
+    return jax.tree.map(one, pools, is_leaf=lambda pool: isinstance(pool, kinds))
+
+
+def attend_here(
+    q_btnh: Float[Array, "b t n h"], k_btkh: Float[Array, "b t k h"], v_btkw: Float[Array, "b t k w"],
+    cache: Paged, positions_bt: Int[Array, "b t"], *, sinks: Float[Array, "n"] | None = None,
+    implementation: Any = "auto", **options: Any,
+) -> tuple[Float[Array, "b t n w"], Any]:  # fmt: skip
+    """`attend` on one device."""
     t = q_btnh.shape[1]
     if cache.writes:
         pool = append_kv(cache.pool, k_btkh, v_btkw, cache.table_bp, cache.lengths_b, cache.counts_b)
@@ -142,6 +194,24 @@ def attend_latent(
     scale: float,
 ) -> tuple[Float[Array, "b t n c"], LatentCache]:
     """Attention over latents, the new ones written first: weighted latents, and the pool."""
+    if sharding.on_one_device():
+        return attend_latent_here(absorbed_btnr, row_btr, cache, rank=rank, scale=scale)
+    heads, none = sharding.activation_spec("batch", "sequence", "heads", None), jax.P()
+
+    def local(absorbed, row, pool, table_bp, lengths_b, counts_b):
+        own = Paged(pool, table_bp, lengths_b, counts_b, writes=True)
+        return attend_latent_here(absorbed, row, own, rank=rank, scale=scale)
+
+    pool = pool_spec(cache.pool)
+    return jax.shard_map(
+        local, in_specs=(heads, none, pool, none, none, none), out_specs=(heads, pool), check_vma=False
+    )(absorbed_btnr, row_btr, cache.pool, cache.table_bp, cache.lengths_b, cache.counts_b)
+
+
+def attend_latent_here(
+    absorbed_btnr: Float[Array, "b t n r"], row_btr: Float[Array, "b t r"], cache: Paged, *, rank: int, scale: float
+) -> tuple[Float[Array, "b t n c"], LatentCache]:  # fmt: skip
+    """`attend_latent` on one device."""
     pool = append_latent(cache.pool, row_btr, cache.table_bp, cache.lengths_b, cache.counts_b)
     lengths = cache.lengths_b + row_btr.shape[1]
     y: Any = latent_paged_attention(

@@ -1,11 +1,9 @@
 """What may be asked of an answer's form, and how much of it."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 from maxstack.config import UserError
-
-Kind = Literal["json_schema", "json_object", "regex", "grammar", "choice", "tools"]
 
 
 class BadConstraint(UserError):
@@ -57,5 +55,7 @@ class Constraint:
     | "tools" | `ToolCalls`: calls of functions as the model's own template writes them |
     """
 
-    kind: Kind
+    kind: str
     value: Any = None
+    after: str = ""
+    """The form begins after this text, "</think>" say, and up to there the answer is free. "" for from the start."""

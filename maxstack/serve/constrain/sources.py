@@ -11,7 +11,7 @@ from maxstack.data.tokenizer import Tokenizer
 from maxstack.serve.constrain.constraint import BadConstraint, Bounds, Constraint
 from maxstack.serve.constrain.schema import checked_schema
 from maxstack.serve.constrain.tools import tool_rules
-from maxstack.serve.constrain.writing import STYLE, quoted
+from maxstack.serve.constrain.writing import ANYTHING, STYLE, quoted, special_tokens, up_to, written
 
 JSON_OBJECT = {"type": "object"}
 
@@ -41,7 +41,20 @@ def _plain(value: Any) -> Any:
 
 def grammar_of(constraint: Constraint, tokenizer: Tokenizer, bounds: Bounds) -> str:
     """The constraint as llguidance takes it. Raises BadConstraint."""
-    return SOURCES[constraint.kind](constraint.value, tokenizer, bounds)
+    grammar = SOURCES[constraint.kind](constraint.value, tokenizer, bounds)
+    return begun_after(constraint.after, grammar, tokenizer) if constraint.after else grammar
+
+
+def begun_after(mark: str, grammar: str, tokenizer: Tokenizer) -> str:
+    """A grammar that begins when a text has come."""
+    lead = up_to(written(mark, special_tokens(tokenizer, [mark])))
+    # llguidance leaves Lark as it is, and makes JSON of everything else.
+    parts = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
+    first, *others = parts
+    rules = f'start: lead ("\\n" "\\n"?)? @form\nTEXT: {ANYTHING}\n{lead}'
+    return json.dumps(
+        {"grammars": [{"name": "led", "lark_grammar": rules}, {**first, "name": "form"}, *others]}
+    )
 
 
 def _json_schema(value: Any, tokenizer: Tokenizer, bounds: Bounds) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +13,8 @@ from maxstack.config import UserError
 from maxstack.data.tokenizer import Tokenizer
 from maxstack.serve.constrain.constraint import BadConstraint, Bounds
 from maxstack.serve.constrain.schema import checked_schema
-from maxstack.serve.constrain.writing import STYLE, quoted
+from maxstack.serve.constrain.writing import ANYTHING, STYLE, quoted, special_tokens, up_to, written
 
-ANYTHING = r"/(.|\n)*/"
 BARELY = r"/([^{](.|\n)*)?/"
 """Text that is no call where calls have no mark."""
 
@@ -65,11 +63,7 @@ class Rules:
     def __init__(self, tokenizer: Tokenizer, style: Style, bounds: Bounds):
         self.lines: list[str] = []
         self._style, self._bounds = style, bounds
-        self._special = {
-            mark: token
-            for mark in style.marks
-            if (token := tokenizer.token_id(mark)) is not None and token in tokenizer.special_ids
-        }
+        self._special = special_tokens(tokenizer, style.marks)
 
     def add(self, name: str, body: str) -> str:
         """Another rule; its name."""
@@ -78,10 +72,7 @@ class Rules:
 
     def text(self, text: str) -> str:
         """A text, with special tokens as such."""
-        if not self._special:
-            return quoted(text)
-        parts = re.split("(" + "|".join(map(re.escape, self._special)) + ")", text)
-        return " ".join(f"<[{self._special[p]}]>" if p in self._special else quoted(p) for p in parts if p)
+        return written(text, self._special)
 
     def call(self, name: str, schema: Any, *, opened: bool) -> str:
         """The rule of one tool's call, without what opens it where that has come."""
@@ -131,10 +122,7 @@ class Rules:
         """Text, in which what opens a call goes on as one."""
         if self._style.bare:
             return f"{self.required(parallel)} | {self.add('FREE', BARELY)}"
-        text, opening = self.add("TEXT", ANYTHING), self.text(self._style.opens[0])
-        if opening.startswith("<["):
-            lead = f"{text} {opening}"
-        else:
-            lead = self.add("lead[lazy]", f"{text} {opening}")
-        self.add("called", f"{lead} call")
-        return f"called* {text}" if parallel else f"called | {text}"
+        self.add("TEXT", ANYTHING)
+        self.lines.append(up_to(self.text(self._style.opens[0])))
+        self.add("called", "lead call")
+        return "called* TEXT" if parallel else "called | TEXT"

@@ -5,10 +5,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from maxstack.chat.parsing import Parser, parser_for
 from maxstack.models.generation.params import SamplingParams
 from maxstack.serve.http.errors import refused
 from maxstack.serve.http.front import Front
-from maxstack.serve.http.said import Parser, Thoughts, Verbatim
 from maxstack.serve.http.schemas.chat import ChatRequest, Message
 
 LONG = 20_000
@@ -22,8 +22,11 @@ class Prompt:
     front: Front
     ids: list[int]
     text: str
-    template: str
-    parsed: bool = True
+    style: str
+    """The name of a style of calls, or the chat template, which tells it."""
+    tools: list[dict[str, Any]] | None
+    formed: bool = False
+    """The answer has a form from its first token: there are no thoughts before it."""
 
     def ended(self, params: SamplingParams) -> SamplingParams:
         """Parameters that end an answer where the template ends it."""
@@ -37,11 +40,17 @@ class Prompt:
 
     def parser(self) -> Parser:
         """What takes an answer to it apart."""
-        return Thoughts(self.template, self.text) if self.parsed else Verbatim()
+        return parser_for(
+            self.style, vocabulary=self.front.tokenizer.added_tokens, tools=self.tools or [], prompt=self.text,
+            reasoning=not self.formed,
+        )  # fmt: skip
 
 
-async def render(front: Front, asked: ChatRequest) -> Prompt:
-    """The prompt of a request. Raises for messages that the template has no place for."""
+async def render(front: Front, asked: ChatRequest, formed: bool = False) -> Prompt:
+    """The prompt of a request, whose answer may be `formed` by a constraint.
+
+    Raises for messages that the template has no place for.
+    """
     renderer = front.renderer
     messages = [plain_message(message, f"messages[{i}]") for i, message in enumerate(asked.messages)]
     if "developer" not in renderer.template:  # OpenAI's newer name for the same
@@ -51,6 +60,8 @@ async def render(front: Front, asked: ChatRequest) -> Prompt:
     variables: dict[str, Any] = dict(asked.chat_template_kwargs or {})
     if asked.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", asked.reasoning_effort)
+    if formed:  # templates that think by default leave it then; to others it says nothing
+        variables.setdefault("enable_thinking", False)
     tools = None
     if asked.tools and asked.tool_choice != "none":
         tools = [tool.model_dump(exclude_none=True) for tool in asked.tools]
@@ -63,7 +74,8 @@ async def render(front: Front, asked: ChatRequest) -> Prompt:
         rendered = await asyncio.to_thread(renderer, messages, **options)
     else:
         rendered = renderer(messages, **options)
-    return Prompt(front, rendered.ids, rendered.text, renderer.template)
+    style = front.settings.parser or renderer.template
+    return Prompt(front, rendered.ids, rendered.text, style, tools, formed)
 
 
 def plain_message(message: Message, where: str) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """What the routes share: the engine under its names, and how a request becomes streams."""
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from starlette.requests import Request
 
@@ -12,6 +13,8 @@ from maxstack.chat.ends import Ends, ends_of
 from maxstack.config import UserError
 from maxstack.data.chat import ChatRenderer, renderer_for
 from maxstack.models.generation.params import SamplingParams
+from maxstack.serve.constrain.constraint import BadConstraint, Constraint
+from maxstack.serve.constrain.matching import Compiled
 from maxstack.serve.engine import AsyncEngine
 from maxstack.serve.http.errors import ApiError, ClientGone, refused
 from maxstack.serve.http.operation import Operation, Seen
@@ -21,6 +24,9 @@ from maxstack.serve.http.spelling import Spelling
 from maxstack.serve.http.sse import EventStream, error_event, gone
 from maxstack.serve.output import Delta, Output
 from maxstack.serve.stream import Stream
+
+if TYPE_CHECKING:
+    from maxstack.serve.constrain.grammars import Grammars
 
 HOLD_S = 5.0
 """Seconds for which a stream's first byte waits for its first token: until then an error still has a status."""
@@ -78,6 +84,37 @@ class Front:
             code="model_not_found",
         )
 
+    @functools.cached_property
+    def grammars(self) -> "Grammars":
+        """What compiles the forms of answers; made when the first is asked for."""
+        from maxstack.serve.constrain.grammars import Grammars  # llguidance, which an engine does without
+
+        return Grammars(self.tokenizer, self.engine.config.vocab_size, self.engine.end_ids)
+
+    async def compiled(self, named: tuple[str, Constraint] | None) -> Compiled | None:
+        """A form as the engine takes it; `named` has the field that asked for it."""
+        if named is None:
+            return None
+        try:
+            return await self.grammars.compile(named[1])
+        except BadConstraint as error:
+            raise refused(str(error), named[0], "invalid_constraint") from None
+
+    def text_ids(self, text: str, *, begin: bool = True, special: bool = True) -> list[int]:
+        """A raw prompt as tokens. Its text is all the caller's, so it may name special tokens, as templates that were
+        rendered elsewhere do; it begins like a document, but not twice."""
+        own = self.tokenizer
+        ids = own.encode(text, special=special)
+        wanted = own.bos_id is not None and (not text or own.settings.get("add_bos_token") is not False)
+        return [own.bos_id, *ids] if begin and wanted and ids[:1] != [own.bos_id] else ids  # pyrefly: ignore
+
+    def ids_of(
+        self, prompts: Sequence[str | list[int]], begin: bool | None, special: bool | None
+    ) -> list[list[int]]:
+        """Prompts as tokens."""
+        how = {"begin": begin is not False, "special": special is not False}
+        return [self.text_ids(prompt, **how) if isinstance(prompt, str) else prompt for prompt in prompts]
+
     def room(self, prompt: Sequence[int], asked: int | None, default: int | None) -> int:
         """Tokens that an answer may have: as asked for, else what is left, `default` at most."""
         if asked is not None:
@@ -115,11 +152,12 @@ class Front:
 
     def open(
         self, ids: Sequence[int], params: SamplingParams, asked: Sampling, answer_id: str, seen: Seen, *,
-        tries: int = 1, constraint: Any = None, adapter: str | None = None,
+        tries: int = 1, constraint: Compiled | None = None, adapter: str | None = None,
+        keep: Sequence[str] = (),
     ) -> list[Stream]:  # fmt: skip
         """Ask the engine for answers to a prompt, each with a seed of its own."""
         options = self.options(asked, adapter)
-        options |= {} if constraint is None else {"constraint": constraint}
+        options |= {"constraint": constraint, "keep": keep}
         streams = self.engine.open_choices(ids, params, tries, request_id=answer_id, **options)
         seen.opened = seen.opened or time.monotonic()
         seen.max_tokens += params.max_tokens * tries

@@ -19,6 +19,7 @@ from maxstack.serve.http.settings import Settings
 
 OPEN = frozenset({"/health", "/ready"})
 """The paths that need no key."""
+VERSIONS = frozenset({"1.0", "1.1", "2", "3"})
 MANAGED = "/manage/"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|([\[{])|([\]}])', re.DOTALL)
@@ -64,6 +65,8 @@ class Gate:
 
     def _look_at(self, scope: Scope, headers: Headers) -> None:
         """Raises for a request that goes no further."""
+        if scope.get("http_version") not in VERSIONS:
+            raise refused(f"HTTP/{scope.get('http_version')} is not spoken here: use HTTP/1.1")
         size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
         if size > self._settings.header_bytes:
             raise ApiError(

@@ -1,83 +1,11 @@
 """An answer's text taken apart while it comes: what is said, thoughts, calls of tools."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Any
 
-from maxstack.chat.reasoning import Splitter, tags_of
+from maxstack.chat.parsing import CallArguments, CallStart, Parser, Piece, Reasoning, Text
 
-
-class Text(NamedTuple):
-    """Said to the user."""
-
-    text: str
-
-
-class Reasoning(NamedTuple):
-    """Thought before."""
-
-    text: str
-
-
-class CallStart(NamedTuple):
-    """A call of a tool begins."""
-
-    index: int
-    id: str
-    name: str
-
-
-class CallArguments(NamedTuple):
-    """More of a call's arguments, as JSON text."""
-
-    index: int
-    text: str
-
-
-Piece = Text | Reasoning | CallStart | CallArguments
-
-
-@runtime_checkable
-class Parser(Protocol):
-    """Of one answer."""
-
-    def feed(self, text: str) -> Sequence[Piece]:
-        """What more text makes certain."""
-        ...
-
-    def end(self) -> Sequence[Piece]:
-        """The rest."""
-        ...
-
-
-class Verbatim:
-    """All is said."""
-
-    def feed(self, text: str) -> list[Piece]:
-        """As Parser."""
-        return [Text(text)] if text else []
-
-    def end(self) -> list[Piece]:
-        """As Parser."""
-        return []
-
-
-class Thoughts:
-    """Thoughts between the template's tags, and what is said."""
-
-    def __init__(self, template: str, prompt: str):
-        self._splitter = Splitter(tags_of(template), prompt)
-
-    def feed(self, text: str) -> list[Piece]:
-        """As Parser."""
-        return [
-            (Reasoning if kind == "reasoning" else Text)(piece) for kind, piece in self._splitter.push(text)
-        ]
-
-    def end(self) -> list[Piece]:
-        """As Parser."""
-        return [
-            (Reasoning if kind == "reasoning" else Text)(piece) for kind, piece in self._splitter.finish()
-        ]
+__all__ = ["CallArguments", "CallStart", "Parser", "Piece", "Reasoning", "Text", "delta_of", "message_of"]
 
 
 def delta_of(pieces: Iterable[Piece]) -> dict[str, Any]:
@@ -103,7 +31,7 @@ def delta_of(pieces: Iterable[Piece]) -> dict[str, Any]:
 
 def message_of(pieces: Iterable[Piece]) -> dict[str, Any]:
     """All pieces of an answer as a message."""
-    delta = delta_of(sorted(pieces, key=lambda piece: getattr(piece, "index", -1)))
+    delta = delta_of(sorted(pieces, key=_place))
     message: dict[str, Any] = {"role": "assistant", "content": delta.get("content"), "refusal": None}
     if "reasoning_content" in delta:
         message["reasoning_content"] = delta["reasoning_content"]
@@ -114,3 +42,8 @@ def message_of(pieces: Iterable[Piece]) -> dict[str, Any]:
     elif message["content"] is None:
         message["content"] = ""
     return message
+
+
+def _place(piece: Piece) -> int:
+    """Calls by number, after the rest: their arguments may come in turns."""
+    return piece.index if isinstance(piece, CallStart | CallArguments) else -1

@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 SHORTEST, LONGEST, MOST = 16, 512, 1000
 """Characters of a key, and keys of a file."""
-OTHERS = stat.S_IRWXG | stat.S_IRWXO
+OTHERS = stat.S_IRWXO | stat.S_IWGRP
 
 
 def keys_in(file: Path, flag: str) -> tuple[str, ...]:

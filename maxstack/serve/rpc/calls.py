@@ -77,14 +77,14 @@ class Guard(grpc.aio.ServerInterceptor):
 
 
 def _refusing(error: ApiError) -> grpc.RpcMethodHandler:
-    async def refuse(request: Any, context: grpc.aio.ServicerContext) -> None:
+    async def refuse(request: Any, context: Any) -> None:
         await context.abort(code_of(error), error.detail, trailing(error))
 
     return grpc.unary_unary_rpc_method_handler(refuse)
 
 
 @contextlib.contextmanager
-def watched(method: str, context: grpc.aio.ServicerContext, operation: Operation | None) -> Iterator[Seen]:
+def watched(method: str, context: Any, operation: Operation | None) -> Iterator[Seen]:
     """A call on its way: recorded, refused while the server takes none, its errors as `Failed`."""
     headers = headers_of(context.invocation_metadata())
     asked = headers.get("x-request-id", "")

@@ -5,8 +5,6 @@ import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
-import grpc
-
 import maxstack
 from maxstack.serve.engine import Stream
 from maxstack.serve.http.errors import ClientGone, refused
@@ -29,7 +27,7 @@ from maxstack.serve.rpc import maxstack_pb2 as pb
 from maxstack.serve.rpc.calls import Failed, code_of, trailing, watched
 from maxstack.serve.rpc.translate import calls_of, chat_of, checked, completion_of, logprobs_of
 
-Context = grpc.aio.ServicerContext
+Context = Any  # grpc hands over another class than the one it documents
 Job = completions.Job | chat.Job
 
 

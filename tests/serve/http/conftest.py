@@ -1,9 +1,8 @@
 """One engine and one server for all tests that do not need their own."""
 
-import openai
 import pytest
 
-from tests.serve.http.serving import served, tiny_engine
+from tests.serve.http.serving import client_of, served, tiny_engine
 
 
 @pytest.fixture(scope="session")
@@ -22,5 +21,5 @@ def url(engine):
 @pytest.fixture(scope="session")
 def client(url):
     """The unmodified client."""
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+    with client_of(url) as client:
         yield client

@@ -5,7 +5,9 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import openai
 import uvicorn
 
 from maxstack.data.tokenizer import Tokenizer, byte_tokenizer
@@ -18,7 +20,7 @@ from tests.serve.driven import CONFIG, VOCAB
 LETTERS = {str(token): -100.0 for token in range(VOCAB) if not 97 <= token < 123}
 """A logit_bias that leaves a byte model letters only: its text is what the tokens say."""
 TEMPLATE = (
-    "{% if tools %}tools {{ tools | tojson }}\n{% endif %}"
+    "{% if tools %}tools{% for t in tools %} {{ t.function.name }}{% endfor %}\n{% endif %}"
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content or '' }}"
     "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments | tojson }}]{% endfor %}"
     "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
@@ -43,6 +45,11 @@ def tiny_engine(tokenizer: Tokenizer | None = None, limits: Limits = LIMITS) -> 
     engine = AsyncEngine(build(config), tokenizer, limits=limits, buckets=(1, 4))
     engine.warm_up()
     return engine
+
+
+def client_of(url: str) -> Any:
+    """The unmodified client, asking once."""
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
 @contextmanager

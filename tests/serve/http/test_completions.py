@@ -30,6 +30,17 @@ def test_the_four_forms_of_a_prompt_are_one(client):
     assert len(texts[0]) == 8
 
 
+def test_a_raw_prompt_may_name_special_tokens_and_begins_once(client):
+    def told(**changes):
+        extra = {"return_token_ids": True} | changes
+        done = client.completions.create(prompt="<|endoftext|>a", **ASK, extra_body=extra)
+        return done.choices[0].prompt_token_ids
+
+    assert told() == [END, *b"a"]
+    assert told(parse_special=False) == [END, *b"<|endoftext|>a"]
+    assert told(parse_special=False, add_special_tokens=False) == [*b"<|endoftext|>a"]
+
+
 def loglikelihood(client, prompt, **changes):
     """As lm-eval asks for it."""
     asking = {"model": "tiny", "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}

@@ -55,6 +55,8 @@ def test_tokens_of_text_and_of_messages_and_back(url):
     assert (text["count"], text["max_model_len"]) == (4, 256)
     assert text["token_strs"] == ["<|endoftext|>", "n", "\ufffd", "\ufffd"]
     assert told("/tokenize", {"prompt": "né", "add_special_tokens": False})["count"] == 3
+    # as lm-eval asks for the end token's id
+    assert told("/tokenize", {"prompt": "<|endoftext|>", "add_special_tokens": False})["tokens"] == [256]
     chat = told("/tokenize", {"messages": [{"role": "user", "content": "hi"}]})
     assert bytes(chat["tokens"]) == b"u:hi\na:"
     assert told("/detokenize", {"tokens": text["tokens"]})["prompt"] == "<|endoftext|>né"

@@ -41,9 +41,10 @@ async def served(settings: Settings = SETTINGS) -> AsyncIterator[Served]:
         operation.attach(made)
         operation.phases.finish("")
         front = Front(made, settings, operation)
-        async with grpc_served(front, settings, operation, "127.0.0.1:0") as port:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                yield Served(channel, operation, made)
+        async with contextlib.AsyncExitStack() as stack:
+            port = await stack.enter_async_context(grpc_served(front, settings, operation, "127.0.0.1:0"))
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
+            yield Served(channel, operation, made)
 
 
 def asked(text: str = "hello", max_tokens: int = 8, **fields: Any) -> pb.GenerateRequest:
@@ -162,7 +163,7 @@ def test_every_call_but_health_takes_a_key():
 
 
 async def reflected(channel: grpc.aio.Channel, metadata: Any = ()) -> list[str]:
-    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
     request = reflection_pb2.ServerReflectionRequest(list_services="")
     call = stub.ServerReflectionInfo(iter([request]), metadata=metadata)
     return [

@@ -11,8 +11,11 @@ from fastapi.responses import JSONResponse
 
 from maxstack.models.generation.output import TokenLogprobs
 from maxstack.models.generation.params import SamplingParams
+from maxstack.serve.constrain.matching import Compiled
 from maxstack.serve.engine import Stream
 from maxstack.serve.http.conversation import Prompt, render
+from maxstack.serve.http.errors import refused
+from maxstack.serve.http.forms import calls_of, form_of
 from maxstack.serve.http.front import (
     Front,
     best,
@@ -43,7 +46,7 @@ class Job:
     prompt: Prompt
     params: SamplingParams
     adapter: str | None
-    constraint: Any = None
+    constraint: Compiled | None = None
 
     def __post_init__(self):
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
@@ -58,7 +61,7 @@ class Job:
         """Ask the engine."""
         return self.front.open(
             self.prompt.ids, self.params, self.asked, self.id, self.seen, tries=self.asked.tries,
-            constraint=self.constraint, adapter=self.adapter,
+            constraint=self.constraint, adapter=self.adapter, keep=self.parser().marks,
         )  # fmt: skip
 
     def shell(self, kind: str) -> dict[str, Any]:
@@ -88,7 +91,12 @@ async def ready(front: Front, asked: ChatRequest, seen: Seen) -> Job:
     """Everything that can be wrong with a request is found here."""
     adapter = front.adapter(asked.model)
     seen.model, seen.stream = asked.model or front.settings.model_name, bool(asked.stream)
-    prompt = await render(front, asked)
+    named = form_of(asked)
+    calls = calls_of(asked, front.settings.parser or front.renderer.template, front.tokenizer.added_tokens)
+    if named is not None and calls is not None:
+        raise refused(f"{named[0]} and tools each say what form the answer has: give one", named[0])
+    constraint = await front.compiled(named or calls)
+    prompt = await render(front, asked, constraint is not None)
     most = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
     max_tokens = front.room(prompt.ids, most, None)
     front.check_budget(1, asked.tries, max_tokens)
@@ -96,7 +104,7 @@ async def ready(front: Front, asked: ChatRequest, seen: Seen) -> Job:
     if logprobs is None and asked.tries > asked.answers:
         logprobs = 0  # the best are found by them
     params = asked.params(max_tokens, logprobs=logprobs, prompt_logprobs=None)
-    return Job(front, asked, seen, prompt, prompt.ended(params), adapter)
+    return Job(front, asked, seen, prompt, prompt.ended(params), adapter, constraint)
 
 
 async def answered(job: Job) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from fastapi.responses import JSONResponse
 
 from maxstack.models.generation.output import TokenLogprobs
 from maxstack.models.generation.params import SamplingParams
+from maxstack.serve.constrain.matching import Compiled
 from maxstack.serve.http.errors import refused
+from maxstack.serve.http.forms import form_of
 from maxstack.serve.http.front import (
     Front,
     best,
@@ -47,7 +49,7 @@ class Job:
     texts: list[str]
     params: list[SamplingParams]
     adapter: str | None
-    constraint: Any = None
+    constraint: Compiled | None = None
 
     def __post_init__(self):
         self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
@@ -79,7 +81,7 @@ def completion_routes(front: Front) -> APIRouter:
 
     @router.post("/v1/completions", summary="Continue text or tokens")
     async def complete(asked: CompletionRequest, request: Request) -> Response:
-        job = ready(front, asked, request.state.seen)
+        job = await ready(front, asked, request.state.seen)
         if asked.stream:
             return await event_stream(request, streamed(job), job.seen, front.settings)
         return JSONResponse(await while_connected(request, answered(job)))
@@ -87,7 +89,7 @@ def completion_routes(front: Front) -> APIRouter:
     return router
 
 
-def ready(front: Front, asked: CompletionRequest, seen: Seen) -> Job:
+async def ready(front: Front, asked: CompletionRequest, seen: Seen) -> Job:
     """Everything that can be wrong with a request is found here."""
     adapter = front.adapter(asked.model)
     seen.model, seen.stream = asked.model or front.settings.model_name, bool(asked.stream)
@@ -98,17 +100,14 @@ def ready(front: Front, asked: CompletionRequest, seen: Seen) -> Job:
     if asked.max_tokens == 0 and asked.answers > 1:
         raise refused("max_tokens is 0: then there is one answer, n must be 1", "n")
     front.check_budget(len(asked.prompts), asked.tries, asked.max_tokens or DEFAULT_NEW)
-    bare = asked.add_special_tokens is False
-    prompts = [
-        front.tokenizer.encode(prompt) if bare and isinstance(prompt, str) else list(front.engine.ids(prompt))
-        for prompt in asked.prompts
-    ]
+    prompts = front.ids_of(asked.prompts, asked.add_special_tokens, asked.parse_special)
     texts = [
         "" if not asked.echo else prompt if isinstance(prompt, str) else front.tokenizer.decode(prompt)
         for prompt in asked.prompts
     ]
     params = [settings_of(front, asked, ids) for ids in prompts]
-    return Job(front, asked, seen, prompts, texts, params, adapter)
+    constraint = await front.compiled(form_of(asked))
+    return Job(front, asked, seen, prompts, texts, params, adapter, constraint)
 
 
 def settings_of(front: Front, asked: CompletionRequest, ids: list[int]) -> SamplingParams:

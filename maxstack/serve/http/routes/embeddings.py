@@ -39,7 +39,7 @@ async def embedded(front: Front, asked: EmbeddingsRequest, seen: Seen) -> dict[s
         )
     inputs = as_list(asked.input)
     front.check_budget(len(inputs), 1, 0)
-    prompts = [list(front.engine.ids(text)) for text in inputs]
+    prompts = front.ids_of(inputs, None, False)
     front.check_budget(1, 1, sum(map(len, prompts)))
     seen.opened, seen.choices = time.monotonic(), len(prompts)
     pooling = asked.pooling or "mean"

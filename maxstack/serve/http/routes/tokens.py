@@ -48,6 +48,7 @@ def token_routes(front: Front) -> APIRouter:
             "chat_template": front.settings.chat_template or own.chat_template,
             "bos_token": own.special_tokens.get("bos_token"),
             "eos_token": own.special_tokens.get("eos_token"),
+            "pad_token": own.special_tokens.get("pad_token"),
             "bos_token_id": own.bos_id,
             "eos_token_id": own.eos_id,
             "stop_token_ids": list(own.stop_ids),
@@ -63,6 +64,5 @@ async def tokens_of(front: Front, asked: TokenizeRequest) -> list[int]:
     if (asked.prompt is None) == (asked.messages is None):
         raise refused("give one of prompt and messages", "prompt", "missing_required_parameter")
     if asked.prompt is not None:
-        plain = asked.add_special_tokens is False
-        return front.tokenizer.encode(asked.prompt) if plain else list(front.engine.ids(asked.prompt))
+        return front.ids_of([asked.prompt], asked.add_special_tokens, asked.parse_special)[0]
     return (await render(front, ChatRequest.model_construct(**{n: getattr(asked, n) for n in OF_CHAT}))).ids

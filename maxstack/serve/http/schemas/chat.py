@@ -43,6 +43,8 @@ class Message(Schema):
     """A message of any role."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
+    type: Literal["text", "message"] | None = None
+    """Says nothing; some clients send it."""
     content: Text | Annotated[list[Part], Field(max_length=1024)] | None = None
     name: Name | None = None
     tool_calls: Annotated[list[Call], Field(max_length=128)] | None = None

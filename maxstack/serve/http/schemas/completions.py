@@ -32,6 +32,8 @@ class CompletionRequest(Sampling):
     response_format: ResponseFormat | None = None
     add_special_tokens: bool | None = None
     """Whether a text begins with the model's token for the start of a document: by default, as when it was trained."""
+    parse_special: bool | None = None
+    """Whether the names of special tokens in a text are those tokens: they are, as in other servers."""
 
     @property
     def prompts(self) -> list[str | list[int]]:

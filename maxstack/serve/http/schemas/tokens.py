@@ -19,6 +19,8 @@ class TokenizeRequest(Schema):
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
     add_special_tokens: bool | None = None
     """Begin a text with the token for the start of a document: by default, as completions do."""
+    parse_special: bool | None = None
+    """Take the names of special tokens in a text for those tokens: by default, as completions do."""
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
