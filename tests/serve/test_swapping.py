@@ -50,7 +50,7 @@ def test_what_has_begun_ends_on_the_old_weights_and_what_comes_later_is_of_the_n
         await before[0].next()
         await before[1].next()
         swapping = asyncio.create_task(asked.swap_weights(NEW))
-        while not asked.scheduler.holding:
+        while not (asked.scheduler.holding or swapping.done()):
             await asyncio.sleep(0.001)
         after = [asked.open(PROMPT, GREEDY), asked.open(PROMPT[:9], GREEDY)]
         outputs = [await stream.whole() for stream in (*before, *after)]
