@@ -86,6 +86,12 @@ def test_guesses_that_come_and_go_from_plan_to_plan_change_nothing(model, device
     given = run.together(rows, MIXED)
     assert tokens_of(given) == tokens_of(Driven(plain).together(rows, MIXED))
     check_greedy(model, given[5])
+    alone = Driven(device)
+    alone.scheduler.drafting = lambda rows: DRAFTS * (alone.turns % 2)
+    [answer] = alone.together(rows[:1], [LONG])
+    # What is guessed from has every token, those of steps without guesses too.
+    said = [*rows[0], *answer.output.token_ids]
+    assert np.asarray(device._state.drafting.history_rl)[0, : len(said)].tolist() == said
 
 
 def test_drawn_tokens_behind_kept_guesses_have_the_models_distribution(model, device):
