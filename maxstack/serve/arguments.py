@@ -69,6 +69,8 @@ def _sizes(group: Any) -> None:
     add("--waiting", type=positive, metavar="N", help="requests that may wait; more get 429 (default 256)")
     add("--drafts", type=positive, metavar="N",
         help="tokens guessed ahead and checked in one step, where it pays (default: none)")  # fmt: skip
+    add("--draft-model", metavar="M",
+        help="a small model with the same tokens that guesses instead (4 a step unless --drafts says)")  # fmt: skip
     add("--compile-only", action="store_true",
         help="fill the cache of compiled programs, so that the next start is fast, and leave")  # fmt: skip
 

@@ -17,7 +17,7 @@ from maxstack.serve.operate.probes import probes
 from maxstack.serve.operate.records import with_texts
 from maxstack.serve.operate.request_log import RequestLog
 from maxstack.serve.operate.tracing import tracer
-from maxstack.serve.starting import Start, slow_step_s, start
+from maxstack.serve.starting import DRAFTS, Start, slow_step_s, start
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,8 @@ def start_of(args: argparse.Namespace) -> Start:
         model=args.model, name=args.name, adapters=tuple(args.adapters), weights=args.weights, dtype=args.dtype,
         step=args.step, averaged=args.averaged, kv=args.kv, max_length=args.max_length, rows=args.rows,
         pages=args.pages, waiting=args.waiting, adapter_slots=args.adapter_slots, adapter_rank=args.adapter_rank,
-        drafts=args.drafts or 0, tensor=args.tensor,
+        drafts=args.drafts or (DRAFTS if args.draft_model else 0), draft_model=args.draft_model,
+        tensor=args.tensor,
     )  # fmt: skip
 
 

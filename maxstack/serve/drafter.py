@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from maxstack.config import UserError
@@ -25,6 +26,7 @@ from maxstack.serve.drafts import Drafting
 from maxstack.serve.forms import form_for
 from maxstack.serve.plan import Limits
 from maxstack.serve.programs import Form, RowState, Steps
+from maxstack.sharding import mesh_of
 
 
 class Drafter:
@@ -32,13 +34,17 @@ class Drafter:
 
     def __init__(
         self, model: Transformer, config: TransformerConfig, limits: Limits, kv_dtype: PageType,
-        on: str | None = None,
+        on: str | None = None, large_mesh: Mesh | None = None,
     ):  # fmt: skip
         """`config` is the large model's. Raises UserError for a model whose guesses it could not take."""
         if model.config.vocab_size != config.vocab_size:
             raise UserError(
                 f"the draft model knows {model.config.vocab_size} tokens, the model {config.vocab_size}: its guesses "
                 "must be tokens of the model"
+            )
+        if large_mesh is not None or mesh_of(model) is not None:
+            raise UserError(
+                "a draft model is not served on several devices yet: leave it out, or serve on one"
             )
         if not limits.drafts:
             raise UserError(
@@ -64,7 +70,8 @@ class Drafter:
         if self._form.keep is None:
             table.add(key, read, *arguments, donate=(1,))
             return
-        written = table.add((*key, "read"), read, *arguments)
+        table.add((*key, "read"), read, *arguments)
+        written = table.gives((*key, "read"))
         table.add((*key, "keep"), self._form.keep, self._pools, written, arguments[2], donate=(0,))
 
     def add_guess(self, table: Compiled, bucket: int, state: RowState, steps: Steps) -> None:
@@ -74,7 +81,8 @@ class Drafter:
         if self._form.keep is None:
             table.add(("draft", bucket), partial(guess, self._form), *arguments, donate=(1, 3))
             return
-        drafting, written = table.add(("draft", bucket, "read"), partial(guess, self._form), *arguments)
+        table.add(("draft", bucket, "read"), partial(guess, self._form), *arguments)
+        drafting, written = table.gives(("draft", bucket, "read"))
         table.add(
             ("draft", bucket, "keep"), partial(keep, self._form), self._pools, written, rest, drafting, steps, at,
             donate=(0,),

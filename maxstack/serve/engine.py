@@ -36,6 +36,7 @@ from maxstack.serve.request import Request
 from maxstack.serve.scheduler import Scheduler
 from maxstack.serve.sizes import default_limits
 from maxstack.serve.stream import Stream
+from maxstack.sharding import mesh_of
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams]
@@ -73,7 +74,9 @@ class AsyncEngine:
         self.limits = default_limits(model.config, kv_dtype) if limits is None else limits
         self.on = on
         form, weights = form_for(model, on, adapters)
-        drafter = None if draft is None else Drafter(draft, model.config, self.limits, kv_dtype, on)
+        drafter = (
+            None if draft is None else Drafter(draft, model.config, self.limits, kv_dtype, on, mesh_of(model))
+        )
         device = Device(model.config, form, weights, self.limits, kv_dtype, buckets, drafter)
         self._loop = Loop(device, Scheduler(self.limits), self._deliver, clock)
         self.adapters = Adapters(adapters, model.config, rooms.names(model, adapters), self._put_adapter)

@@ -12,11 +12,12 @@ from typing import Any
 
 from maxstack.serve.compiled import Compilations
 from maxstack.serve.constrain.matching import Matching
-from maxstack.serve.device import Device, Found, Launched, Logprobs
+from maxstack.serve.device import Device
 from maxstack.serve.embedding import Part
 from maxstack.serve.errors import ConstraintFailed, EngineDead, NotFinite, RequestFailed, StepFailed
 from maxstack.serve.pace import Pace
 from maxstack.serve.request import Event, Full, Refused, Request
+from maxstack.serve.results import Found, Launched, Logprobs
 from maxstack.serve.scheduler import Scheduler
 from maxstack.serve.swapping import Swap, SwapFailed
 

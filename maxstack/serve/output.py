@@ -6,9 +6,9 @@ from collections.abc import Collection
 from maxstack.data.tokenizer import Tokenizer
 from maxstack.models.generation.output import Row, TokenLogprobs
 from maxstack.models.generation.params import SamplingParams
-from maxstack.serve.device import Logprobs
 from maxstack.serve.embedding import Pool
 from maxstack.serve.loop import News
+from maxstack.serve.results import Logprobs
 
 
 @dataclasses.dataclass

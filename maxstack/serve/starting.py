@@ -24,6 +24,7 @@ from maxstack.serve.sizes import default_limits
 from maxstack.sharding import MeshConfig, build_mesh
 
 RANK = 16
+DRAFTS = 4
 SLOW_FLOPS = 1e9
 """A second and core; twenty times that is usual."""
 
@@ -50,6 +51,8 @@ class Start:
     tensor: int = 1
     """Devices that share each product, and hold their own heads of the cache."""
     drafts: int = 0
+    draft_model: str | None = None
+    """A small one that guesses; None guesses from what was said."""
 
     @property
     def model_name(self) -> str:
@@ -69,10 +72,12 @@ def start(what: Start, phases: Phases, metrics: Metrics | None = None) -> AsyncE
         raise UserError(f"{what.model} has no tokenizer beside it: requests and answers are text")
     with phases.phase(WEIGHTS, "weights and cache lie on the device"):
         kv = what.kv or model.config.dtype
+        draft = None if what.draft_model is None else load(what.draft_model, dtype=what.dtype)[0]
         engine = AsyncEngine(
-            model, tokenizer, limits=limits_of(what, model.config, kv), kv_dtype=kv, adapters=slots_of(what)
-        )
-        del model  # the engine has its own form of the weights
+            model, tokenizer, limits=limits_of(what, model.config, kv), kv_dtype=kv, adapters=slots_of(what),
+            draft=draft,
+        )  # fmt: skip
+        del model, draft  # the engine has its own form of the weights
     if metrics is not None:
         metrics.traffic = traffic_of(what, engine, kv, peak)
     with phases.phase(COMPILE, "every program is compiled"):

@@ -35,7 +35,7 @@ def adapters(tmp_path_factory):
     return made
 
 
-@pytest.fixture(scope="module", params=["cpu", "tpu"])
+@pytest.fixture(scope="module", params=["cpu", pytest.param("tpu", marks=pytest.mark.slow)])
 def engine(request, adapters):
     with Engine(MODEL, limits=LIMITS, buckets=(1, 4), adapters=SLOTS, on=request.param) as engine:
         engine.warm_up()

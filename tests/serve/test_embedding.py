@@ -10,6 +10,7 @@ import pytest
 from maxstack.config import UserError
 from maxstack.models.generation import SamplingParams
 from maxstack.serve import Engine
+from maxstack.serve.embedding import Part, Pool
 from maxstack.serve.errors import NotFinite
 from tests.models.tiny import build
 from tests.serve.driven import CONFIG, LIMITS, prompts
@@ -76,3 +77,15 @@ def test_numbers_that_are_none_fail_their_request_alone():
             with pytest.raises(NotFinite):
                 asked([1, 2, 7, 3, 4])
             asked([1, 2, 3])
+
+
+def test_a_text_that_is_read_again_begins_again():
+    def part(start: int, number: float) -> Part:
+        return Part(start, np.full(2, number, np.float32), np.full(2, 10 * number, np.float32))
+
+    mean, last = Pool("mean"), Pool("last")
+    for start, number in ((0, 8.0), (4, 5.0), (0, 1.0), (4, 2.0), (8, 3.0)):
+        mean.take(part(start, number))
+        last.take(part(start, number))
+    assert mean.vector(12).tolist() == [0.5, 0.5]
+    assert last.vector(12).tolist() == [30.0, 30.0]

@@ -86,11 +86,17 @@ def test_guesses_that_come_and_go_from_plan_to_plan_change_nothing(model, device
     given = run.together(rows, MIXED)
     assert tokens_of(given) == tokens_of(Driven(plain).together(rows, MIXED))
     check_greedy(model, given[5])
+    alone = Driven(device)
+    alone.scheduler.drafting = lambda rows: DRAFTS * (alone.turns % 2)
+    [answer] = alone.together(rows[:1], [LONG])
+    # What is guessed from has every token, those of steps without guesses too.
+    said = [*rows[0], *answer.output.token_ids]
+    assert np.asarray(device._state.drafting.history_rl)[0, : len(said)].tolist() == said
 
 
 def test_drawn_tokens_behind_kept_guesses_have_the_models_distribution(model, device):
     # Every pair of tokens is in the prompt, so there are guesses; the third token's counts, by the two before it.
-    prompt, draws = np.random.default_rng(7).integers(0, 4, 40).tolist(), 600
+    prompt, draws = np.random.default_rng(7).integers(0, 4, 40).tolist(), 300
     params = [
         SamplingParams(max_tokens=3, temperature=0.8, seed=seed, logit_bias=FEW) for seed in range(draws)
     ]
@@ -167,19 +173,24 @@ def test_an_engine_with_guesses_measures_them_and_compiles_nothing_later(model):
         assert engine.asynchronous.scheduler.counters.spec_decode_num_accepted_tokens > 0
 
 
-@pytest.mark.parametrize("seed", [0, 1], ids=["the model itself", "another model"])
-def test_a_draft_model_changes_no_token(model, plain, seed):
-    rows = rows_of(74)
-    drafter = Drafter(build(CONFIG, seed=seed), CONFIG, SPECULATING, "float32")
-    run = Driven(device_of(model, SPECULATING, drafter=drafter))
-    for _ in range(2):  # the second time with cached prefixes, whose pages have the small model's keys too
-        given = run.together(rows, MIXED)
-        assert tokens_of(given) == tokens_of(Driven(plain).together(rows, MIXED))
-    counters = run.scheduler.counters
-    kept = counters.spec_decode_num_accepted_tokens / counters.spec_decode_num_draft_tokens
-    # The model guesses itself, but for rows with penalties and the ends of rows.
-    assert kept > 0.55 if seed == 0 else kept < 0.55
-    assert run.all_pages_free
+@pytest.mark.slow
+def test_a_draft_model_changes_no_token(model, plain):
+    rows, kept = rows_of(74), []
+    for seed in (0, 1):  # the model itself, and another one
+        drafter = Drafter(build(CONFIG, seed=seed), CONFIG, SPECULATING, "float32")
+        device = device_of(model, SPECULATING, drafter=drafter)
+        run = Driven(device)
+        for _ in range(
+            2
+        ):  # the second time with cached prefixes, whose pages have the small model's keys too
+            assert tokens_of(run.together(rows, MIXED)) == tokens_of(Driven(plain).together(rows, MIXED))
+        assert run.all_pages_free
+        alike = Driven(device)
+        alike.together(rows, MIXED[:3] * 2)
+        counters = alike.scheduler.counters
+        kept.append(counters.spec_decode_num_accepted_tokens / counters.spec_decode_num_draft_tokens)
+    assert kept[0] > 0.85  # the model guesses itself, but for the ends of rows
+    assert kept[1] < 0.7
 
 
 def test_a_draft_model_that_cannot_guess_for_the_model_is_refused(model):
