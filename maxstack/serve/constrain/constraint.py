@@ -16,6 +16,8 @@ class Bounds:
 
     source_bytes: int = 256 << 10
     """Of schema, expression, grammar or choices, as JSON or text."""
+    gbnf_bytes: int = 16 << 10
+    """Of a grammar in GBNF: translating it takes time with the square of its rules."""
     depth: int = 64
     """Nesting: of a schema's objects and lists, of an expression's or grammar's brackets."""
     choices: int = 4096

@@ -7,7 +7,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from threading import Barrier
 
 import llguidance
 
@@ -19,10 +20,23 @@ from maxstack.serve.constrain.sources import checked_text, grammar_of
 from maxstack.serve.constrain.vocabulary import vocabulary
 
 THREADS = 2
+STACK_BYTES = 256 << 20
+"""Of a thread; memory only where it is used."""
 WALK = 16
 """Steps that are tried when a grammar is compiled."""
 SAID = 500
 """Characters of llguidance's own words that go into an error."""
+
+
+def roomy_threads() -> ThreadPoolExecutor:
+    """Threads with deep stacks: rules that refer to each other are followed by recursion."""
+    pool, together = ThreadPoolExecutor(THREADS, thread_name_prefix="maxstack-grammar"), Barrier(THREADS)
+    usual = threading.stack_size(STACK_BYTES)
+    try:
+        wait([pool.submit(together.wait) for _ in range(THREADS)])  # they begin when they are first needed
+    finally:
+        threading.stack_size(usual)
+    return pool
 
 
 def said(fault: object) -> str:
@@ -60,7 +74,7 @@ class Grammars:
         self._vocabulary: llguidance.LLTokenizer | None = None
         self._kept: OrderedDict[str, Compiled] = OrderedDict()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="maxstack-grammar")
+        self._pool = roomy_threads()
 
     async def compile(self, constraint: Constraint) -> Compiled:
         """The grammar. Raises BadConstraint that says what is wrong with it."""
@@ -76,9 +90,9 @@ class Grammars:
             ) from None
 
     def compile_now(self, constraint: Constraint) -> Compiled:
-        """The same in the caller's thread, for code that is not async."""
+        """The same for code that is not async; it waits as long as it takes."""
         key = self.key(constraint)
-        return self._find(key) or self._compiled(constraint, key)
+        return self._find(key) or self._pool.submit(self._compiled, constraint, key).result()
 
     def close(self) -> None:
         """Let go of the threads."""

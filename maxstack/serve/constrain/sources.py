@@ -83,6 +83,10 @@ def _regex(value: Any, tokenizer: Tokenizer, bounds: Bounds) -> str:
 def _grammar(value: Any, tokenizer: Tokenizer, bounds: Bounds) -> str:
     text = _text("grammar", value)
     _check_brackets("grammar", text, bounds)
+    if "::=" in text and len(text) > bounds.gbnf_bytes:
+        raise BadConstraint(
+            f"grammar: in GBNF it may have {bounds.gbnf_bytes:,} characters, not {len(text):,}: write it in Lark"
+        )
     try:
         lark = any_to_lark(text)
     except (GbnfToLarkError, ValueError, IndexError, KeyError, RecursionError) as error:

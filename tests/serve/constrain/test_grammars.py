@@ -138,6 +138,7 @@ REFUSED = [
     ("grammar", "start: /(/", "unclosed"), ("grammar", "what", "neither Lark nor GBNF"), ("grammar", "\0", "neither"),
     ("grammar", "start: start", "grammar"), ("grammar", "start: " + "(" * 99, "nested more than 64"),
     ("grammar", 'start: %json {"$ref": "http://localhost/x"}', "not present"), ("grammar", "start: @x", "unknown"),
+    ("grammar", "root ::= a\n" + "\n".join(f"r{i} ::= r{i + 1}" for i in range(6000)), "write it in Lark"),
     ("choice", [], "one text or more"), ("choice", "abc", "one text or more"), ("choice", ["a", ""], "no text"),
     ("choice", [1], "no text"), ("choice", ["a"] * 5000, "at most 4096"), ("poem", "x", "kinds are"),
     ("tools", {}, "must be ToolCalls"), ("tools", ToolCalls(style="hermes", tools=[]), "0 tools"),
@@ -293,7 +294,7 @@ def test_a_form_may_begin_after_the_thoughts(by_bytes, kind, value):
     bound = by_bytes.compile_now(Constraint(kind, value, after="</think>"))
     matching = bound.start(PLAIN, BYTES.stop_ids, 257)
     matching.take(list(b"Is 5 < 6? </thin"))
-    assert len(matching.allowed()) > 200
+    assert len(matching.allowed()) > 150  # what may begin a character
     assert BYTES.eos_id not in matching.allowed()
     matching.take(list(b"k>"))
     assert set(map(chr, matching.allowed())) == {"5", "\n"}
