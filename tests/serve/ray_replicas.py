@@ -5,6 +5,7 @@ import json
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 
 def ask(url: str, path: str, body: dict | None = None) -> dict:
@@ -14,7 +15,7 @@ def ask(url: str, path: str, body: dict | None = None) -> dict:
         return json.load(answer)
 
 
-def main(model: str, port: int) -> None:
+def main(model: str, port: int, out: str) -> None:
     import ray
     from ray import serve
 
@@ -36,15 +37,12 @@ def main(model: str, port: int) -> None:
                 answer["choices"][0]["text"]
                 for answer in pool.map(lambda _: ask(url, "/v1/completions", asked), range(24))
             }
-        print(
-            json.dumps(
-                {"instances": len(instances), "texts": len(texts), "ready": ask(url, "/ready")["status"]}
-            )
-        )
+        found = {"instances": len(instances), "texts": len(texts), "ready": ask(url, "/ready")["status"]}
+        Path(out).write_text(json.dumps(found))
     finally:
         serve.shutdown()
         ray.shutdown()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
