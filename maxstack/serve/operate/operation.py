@@ -123,7 +123,7 @@ class Operation:
                 watching.cancel()
 
     def began(self, seen: Seen) -> None:
-        """A request has come. Those of whoever watches are no work: nobody waits for them, and no line tells of them."""
+        """A request has come. Those of whoever watches are no work: nobody waits for them, no line tells of them."""
         if seen.path in WATCHING:
             return
         asked = Asked(seen)
