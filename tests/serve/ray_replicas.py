@@ -1,6 +1,7 @@
 """Run by test_ray.py with a Python that has Ray: two replicas on this machine, asked through Ray's proxy."""
 
 import concurrent.futures
+import importlib
 import json
 import sys
 import time
@@ -16,9 +17,7 @@ def ask(url: str, path: str, body: dict | None = None) -> dict:
 
 
 def main(model: str, port: int, out: str) -> None:
-    import ray
-    from ray import serve
-
+    ray, serve = importlib.import_module("ray"), importlib.import_module("ray.serve")
     from maxstack.serve.ray_app import app
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
