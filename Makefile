@@ -55,12 +55,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	fi; \
 	extras="$(EXTRAS)"; \
 	if [ -n "$$extras" ]; then :; \
-	elif nvidia-smi -L >/dev/null 2>&1 || [ -e /dev/nvidia0 ]; then extras=dev,cuda; \
+	elif nvidia-smi -L >/dev/null 2>&1 || [ -e /dev/nvidia0 ]; then extras=dev,serve,cuda; \
 	elif ls /dev/accel* >/dev/null 2>&1 || { [ -d /dev/vfio ] && [ -n "$${TPU_NAME:-$${TPU_WORKER_ID:-}}" ]; }; then \
-	  extras=dev,tpu; \
+	  extras=dev,serve,tpu; \
 	elif [ "$$(uname -s)-$$(uname -m)" = Linux-x86_64 ]; then \
-	  extras=dev,aot; \
-	else extras=dev; \
+	  extras=dev,serve,aot; \
+	else extras=dev,serve; \
 	fi; \
 	echo "environment: $$("$$python" --version) ($$python), extras $$extras"; \
 	if ! fits $(BIN)/python; then rm -rf $(VENV); "$$python" -m venv $(VENV); fi; \

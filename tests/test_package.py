@@ -81,7 +81,9 @@ def test_constraints_pin_every_direct_dependency_and_name_no_host_and_no_path():
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line), line
     pinned = {plain_name(line) for line in lines}
     wanted = PROJECT["dependencies"] + [
-        requirement for extra in ("dev", "aot") for requirement in PROJECT["optional-dependencies"][extra]
+        requirement
+        for extra in ("dev", "serve", "aot")
+        for requirement in PROJECT["optional-dependencies"][extra]
     ]
     assert [requirement for requirement in wanted if plain_name(requirement) not in pinned] == []
 
@@ -110,7 +112,7 @@ def third_party_imports(folder: Path) -> set[str]:
 @pytest.mark.parametrize("folder", ["maxstack", "kernels", "configs", "tests"])
 def test_every_imported_package_is_declared(folder):
     extras = PROJECT["optional-dependencies"]
-    optional = [extras["dev"]] if folder == "tests" else extras.values()
+    optional = [extras["dev"], extras["serve"]] if folder == "tests" else extras.values()
     requirements = [*PROJECT["dependencies"], *itertools.chain.from_iterable(optional)]
     declared = {plain_name(requirement) for requirement in requirements}
     # jaxlib comes with jax, which pins it.

@@ -1,10 +1,12 @@
 """Run by test_ray.py with a Python that has Ray: two replicas on this machine, asked through Ray's proxy."""
 
 import concurrent.futures
+import importlib
 import json
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 
 def ask(url: str, path: str, body: dict | None = None) -> dict:
@@ -14,10 +16,8 @@ def ask(url: str, path: str, body: dict | None = None) -> dict:
         return json.load(answer)
 
 
-def main(model: str, port: int) -> None:
-    import ray
-    from ray import serve
-
+def main(model: str, port: int, out: str) -> None:
+    ray, serve = importlib.import_module("ray"), importlib.import_module("ray.serve")
     from maxstack.serve.ray_app import app
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -36,15 +36,12 @@ def main(model: str, port: int) -> None:
                 answer["choices"][0]["text"]
                 for answer in pool.map(lambda _: ask(url, "/v1/completions", asked), range(24))
             }
-        print(
-            json.dumps(
-                {"instances": len(instances), "texts": len(texts), "ready": ask(url, "/ready")["status"]}
-            )
-        )
+        found = {"instances": len(instances), "texts": len(texts), "ready": ask(url, "/ready")["status"]}
+        Path(out).write_text(json.dumps(found))
     finally:
         serve.shutdown()
         ray.shutdown()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

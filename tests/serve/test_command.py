@@ -1,9 +1,11 @@
 """`maxstack serve`: what it refuses before anything is read, and a start that only compiles."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -76,32 +78,38 @@ def test_a_start_that_only_compiles_leaves_with_0_and_says_its_phases(folder, ca
 
 @pytest.mark.slow
 def test_after_a_start_that_only_compiles_a_server_starts_answers_and_leaves(folder, tmp_path):
-    """A process of its own: signals, exit codes, and the cache of compiled programs as they are."""
-    serve = [
-        sys.executable,
-        "-m",
-        "maxstack",
-        "serve",
-        "--model",
-        str(folder),
-        "--rows",
-        "2",
-        "--max-length",
-        "32",
-    ]
+    """Processes of their own: signals, exit codes, and the cache of compiled programs as they are."""
+    serve = [sys.executable, *f"-m maxstack serve --model {folder} --rows 2 --max-length 32".split()]
     settings = os.environ | {"MAXSTACK_COMPILED_CACHE": str(tmp_path / "cache")}
     subprocess.run([*serve, "--compile-only"], env=settings, timeout=600, check=True)
-    log = tmp_path / "server.log"
-    with log.open("w") as written:
-        server = subprocess.Popen([*serve, "--port", "0"], env=settings, stderr=written)
-    try:
-        url = ready_url(log, server)
+    serve += ["--port", "0", "--grpc-port", "0"]
+    with served(serve, settings, tmp_path / "first.log") as (server, url):
         asked = json.dumps({"prompt": "hello", "max_tokens": 20, "temperature": 0}).encode()
         request = urllib.request.Request(f"{url}/v1/completions", asked, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
             assert json.load(answer)["usage"]["completion_tokens"] <= 20
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0, log.read_text()
+        assert server.wait(60) == 0
+    assert "gRPC on 127.0.0.1:" in (tmp_path / "first.log").read_text()
+    with served(serve, settings, tmp_path / "second.log") as (server, url):
+        port = int(url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:  # its body never comes
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n")
+            server.send_signal(signal.SIGINT)
+            with pytest.raises(subprocess.TimeoutExpired):
+                server.wait(2)
+            server.send_signal(signal.SIGINT)
+            assert server.wait(10) == 130
+    assert "stopped at once" in (tmp_path / "second.log").read_text()
+
+
+@contextlib.contextmanager
+def served(command, settings, log):
+    """A server that is ready, and where it answers."""
+    with log.open("w") as written:
+        server = subprocess.Popen(command, env=settings, stderr=written)
+    try:
+        yield server, ready_url(log, server)
     finally:
         server.kill()
         server.wait()

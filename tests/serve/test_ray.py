@@ -47,10 +47,16 @@ def test_two_replicas_answer_the_same_through_one_address(tmp_path):
     with socket.socket() as own:
         own.bind(("127.0.0.1", 0))
         port = own.getsockname()[1]
-    script = [python, str(Path(__file__).with_name("ray_replicas.py")), str(tmp_path / "model"), str(port)]
+    script = [
+        python,
+        str(Path(__file__).with_name("ray_replicas.py")),
+        str(tmp_path / "model"),
+        str(port),
+        str(tmp_path / "out"),
+    ]
     settings = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         script, env=settings, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == {"instances": 2, "texts": 1, "ready": "ready"}
+    assert json.loads((tmp_path / "out").read_text()) == {"instances": 2, "texts": 1, "ready": "ready"}

@@ -1,1 +1,1 @@
-"""What makes the server operable: start, health, numbers, logs, traces, an orderly end. No jax in here."""
+"""What makes the server operable: start, health, numbers, logs, traces, an orderly end."""

@@ -13,7 +13,7 @@ KINDS = {
     "tpu v5 lite": ("v5e", 1.0), "tpu v5e": ("v5e", 1.0), "tpu v5": ("v5p", 1.0), "tpu v5p": ("v5p", 1.0),
     "tpu v6 lite": ("v6e", 1.0), "tpu v6e": ("v6e", 1.0), "tpu7x": ("v7x", 0.5),
 }  # fmt: skip
-SAMPLE_BYTES = 1 << 28
+SAMPLE_BYTES = 1 << 27
 TRIES = 3
 
 

@@ -23,12 +23,13 @@ from maxstack.serve.operate.phases import Phases
 from maxstack.serve.operate.records import record_of, trace_of
 from maxstack.serve.operate.request_log import RequestLog
 from maxstack.serve.operate.tracing import Tracer
-from maxstack.serve.operate.watchdog import LIMIT_S, Watchdog
+from maxstack.serve.operate.watchdog import FAILING, LIMIT_S, Watchdog
 
 log = logging.getLogger(__name__)
 
 WORK = "/v1/"
 """Under it lies what begins work, but for the list of models."""
+WATCHING = ("/health", "/ready", "/metrics")
 RETRY_S = 5
 ROUTES = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/models", "/tokenize",
@@ -105,7 +106,8 @@ class Operation:
             return None
         if self.draining:
             return _unavailable("the server is shutting down: ask another one, or again later", "draining")
-        if self.watchdog is not None and (fault := self.watchdog.fault) is not None:
+        fault = None if self.watchdog is None else self.watchdog.fault
+        if fault is not None and fault[0] != FAILING:  # the next step may not fail
             return _unavailable(f"the engine is {fault[0]}: {fault[1]}", f"engine_{fault[0]}")
         return None
 
@@ -121,7 +123,9 @@ class Operation:
                 watching.cancel()
 
     def began(self, seen: Seen) -> None:
-        """A request has come."""
+        """A request has come. Those of whoever watches are no work: nobody waits for them, no line tells of them."""
+        if seen.path in WATCHING:
+            return
         asked = Asked(seen)
         self._under_way[id(seen)] = asked
         self._idle.clear()
@@ -136,9 +140,7 @@ class Operation:
         ended = seen.ended or time.monotonic()
         self.metrics.http_requests.labels(path, _method(seen.method), str(seen.status)).inc()
         self.metrics.http_seconds.labels(path).observe(ended - seen.arrived)
-        if asked is None or (
-            not asked.streams and path in ("/health", "/ready", "/metrics") and seen.status < 400
-        ):
+        if asked is None:
             return
         if self._requests is not None:
             self._requests.write(record_of(seen, asked.streams, prompts=self._log_prompts))

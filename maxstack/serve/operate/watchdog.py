@@ -10,6 +10,7 @@ LIMIT_S = 60.0
 """A step has a bounded amount of work; one that takes longer than this, or ten times the slowest so far, is stuck."""
 SLOWER = 10
 TICK_S = 1.0
+FAILING = "failing"
 FAILURES = 5
 """Steps that fail one after another before the engine is called sick."""
 
@@ -104,5 +105,5 @@ class Watchdog:
                 f"{self.slowest_s:.0f} s, and {self.limit_s:.0f} s are the limit",
             )
         if self._engine.progress.failed >= FAILURES:
-            return "failing", f"the last {self._engine.progress.failed} steps of the engine have failed"
+            return FAILING, f"the last {self._engine.progress.failed} steps of the engine have failed"
         return None

@@ -1,7 +1,6 @@
 """The service of maxstack.proto: the same jobs as HTTP's routes, in other clothes."""
 
 import asyncio
-import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -42,7 +41,7 @@ class Service:
 
         async def work(seen: Seen) -> pb.GenerateResponse:
             asked = within(completion_of(request, stream=False), context)
-            return await self._whole(await made(completions.ready(self._front, asked, seen)), seen)
+            return await self._whole(await completions.ready(self._front, asked, seen), seen)
 
         return await self._answer("Generate", context, work)
 
@@ -51,7 +50,7 @@ class Service:
 
         async def work(seen: Seen) -> pb.GenerateResponse:
             asked = within(chat_of(request, stream=False), context)
-            return await self._whole(await made(chat.ready(self._front, asked, seen)), seen)
+            return await self._whole(await chat.ready(self._front, asked, seen), seen)
 
         return await self._answer("Chat", context, work)
 
@@ -60,7 +59,7 @@ class Service:
 
         async def begin(seen: Seen) -> Job:
             asked = within(completion_of(request, stream=True), context)
-            return await made(completions.ready(self._front, asked, seen))
+            return await completions.ready(self._front, asked, seen)
 
         await self._stream("StreamGenerate", context, begin)
 
@@ -69,7 +68,7 @@ class Service:
 
         async def begin(seen: Seen) -> Job:
             asked = within(chat_of(request, stream=True), context)
-            return await made(chat.ready(self._front, asked, seen))
+            return await chat.ready(self._front, asked, seen)
 
         await self._stream("StreamChat", context, begin)
 
@@ -188,11 +187,6 @@ async def send(context: Context, piece: pb.GenerateResponse, most_s: float) -> N
             await context.write(piece)
     except TimeoutError:
         raise ClientGone from None
-
-
-async def made[T](job: T | Awaitable[T]) -> T:
-    """A job, once it is ready."""
-    return await job if inspect.isawaitable(job) else job
 
 
 def within[T: Any](asked: T, context: Context) -> T:

@@ -50,7 +50,7 @@ def test_a_deadline_that_a_jump_has_passed_ends_its_request_and_no_other():
         device.takes_s = 0.01
 
         async def work() -> None:
-            hurried = made.open([1, 2, 3], dataclasses.replace(PARAMS, max_tokens=50), deadline_s=3600)
+            hurried = made.open([1, 2, 3], dataclasses.replace(PARAMS, max_tokens=50), deadline_s=3600.0)
             patient = made.open([4, 5, 6], PARAMS)
             await hurried.next()
             clock.offset = 7200.0

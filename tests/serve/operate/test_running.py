@@ -254,3 +254,18 @@ def test_a_full_disk_for_logs_hurts_no_request():
             assert "maxstack:log_lines_dropped_total 3.0" in text
 
     run(work)
+
+
+def test_an_engine_whose_steps_fail_is_not_healthy_and_gets_well_by_one_that_does_not():
+    async def work() -> None:
+        async with server() as here:
+            here.device.fails = RuntimeError("the device is gone")
+            while (await here.get("/health")).status_code == 200:
+                assert (await here.ask()).status_code == 500
+            assert (await here.get("/health")).json()["status"] == "failing"
+            here.device.fails = None
+            assert (await here.ask()).status_code == 200
+            assert (await here.get("/health")).status_code == 200
+            assert "maxstack:failed_steps_total{" in (await here.get("/metrics")).text
+
+    run(work)
