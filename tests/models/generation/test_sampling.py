@@ -171,7 +171,7 @@ def test_one_program_serves_all_settings(compilations):
 @pytest.mark.parametrize(
     ("fields", "part"),
     [
-        ({"max_tokens": 0}, "max_tokens is 0"), ({"temperature": float("nan")}, "temperature is nan"),
+        ({"max_tokens": -1}, "max_tokens is -1"), ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0"), ({"top_k": -1}, "top_k is -1"), ({"min_p": 1.5}, "min_p is 1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"), ({"seed": 2**32}, "seed is 4294967296"),
         ({"presence_penalty": float("inf")}, "presence_penalty is inf"), ({"stop": ""}, "stop is ''"),
