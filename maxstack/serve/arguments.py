@@ -105,9 +105,9 @@ def _watching(group: Any) -> None:
     add("--log-prompts", action="store_true", help="prompts and answers too (default: sizes and times alone)")
     add("--drain-seconds", type=seconds, default=30.0, metavar="S",
         help="for requests to finish in when the server is asked to leave (default %(default)s)")  # fmt: skip
-    add("--stuck-after", type=seconds, default=60.0, metavar="S",
-        help="a step that takes this long is called stuck, and /health is 503 (default %(default)s; ten times the "
-        "slowest step so far, if that is more)")  # fmt: skip
+    add("--stuck-after", type=seconds, default=None, metavar="S",
+        help="a step that takes this long is called stuck, and /health is 503 (default 60, more for a large model on "
+        "a processor; ten times the slowest step so far, if that is more)")  # fmt: skip
     add("--deadline", type=seconds, default=None, metavar="S", help="end every request after this long")
 
 

@@ -17,7 +17,7 @@ from maxstack.serve.operate.probes import probes
 from maxstack.serve.operate.records import with_texts
 from maxstack.serve.operate.request_log import RequestLog
 from maxstack.serve.operate.tracing import tracer
-from maxstack.serve.starting import Start, start
+from maxstack.serve.starting import Start, slow_step_s, start
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Parts:
         """The engine, ready for its first request; takes its time, in any thread."""
         engine = start(self._start, self.operation.phases, self.operation.metrics)
         self._finishing.append(with_texts(engine.tokenizer))
-        self.operation.attach(engine)
+        self.operation.attach(engine, slow_step_s(engine))
         return engine
 
     def _requests(self, args: argparse.Namespace) -> RequestLog | None:

@@ -1,65 +1,23 @@
 """`maxstack serve --model M`: a model behind OpenAI's interface, watched, and ended in good order."""
 
-import argparse
-import asyncio
-import contextlib
-import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any
+import importlib.util
+from collections.abc import Sequence
 
-from maxstack.models.compiled_cache import use_compiled_cache
+from maxstack.config import UserError
 from maxstack.serve.arguments import parser
-from maxstack.serve.assemble import Parts, settings_of, start_of
-from maxstack.serve.http.front import Front
-from maxstack.serve.http.settings import Settings
-from maxstack.serve.operate.listen import address_of, check_open, listening, url_of
-from maxstack.serve.operate.phases import Phases
-from maxstack.serve.operate.running import Serving, serve
-from maxstack.serve.rpc.server import grpc_served
-from maxstack.serve.starting import start
 
-log = logging.getLogger(__name__)
-
-DONE = 0
+NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb; returns the exit code."""
-    args, phases = parser().parse_args(argv), Phases(log.info)
-    if args.compile_only:
-        use_compiled_cache()
-        start(start_of(args), phases).close()
-        phases.finish("compiled programs are kept for the next start")
-        return DONE
-    settings = settings_of(args)
-    check_open(args.host, settings.api_keys, args.allow_no_key)
-    use_compiled_cache()
-    with listening(args.host, args.port) as sock, asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(_serve(args, phases, settings, sock))
+    args = parser().parse_args(argv)
+    needed = (*NEEDED, "grpc", "grpc_health", "grpc_reflection") if args.grpc_port is not None else NEEDED
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise UserError(f"maxstack serve needs {', '.join(missing)}: pip install 'maxstack[serve]'")
+    if args.log_prompts and args.log_file is None:
+        raise UserError("--log-prompts says what the log holds: say where it is, with --log-file FILE")
+    # Not before: --help and what is refused above come at once.
+    from maxstack.serve.run import run
 
-
-def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """The fast event loop, where there is one for this system."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
-
-
-async def _serve(args: argparse.Namespace, phases: Phases, settings: Settings, sock: Any) -> int:
-    """Serve until asked to leave."""
-    parts = Parts(args, settings, phases)
-
-    @contextlib.asynccontextmanager
-    async def beside(front: Front) -> AsyncGenerator[None]:
-        address = address_of(args.host, args.grpc_port)
-        async with grpc_served(front, settings, parts.operation, address) as port:
-            log.info("gRPC on %s", address_of(args.host, port))
-            yield
-
-    log.info("listening on %s; /ready says when to ask", url_of(sock))
-    serving = Serving(
-        settings=settings, drain_s=args.drain_seconds, beside=None if args.grpc_port is None else beside
-    )
-    return await serve(parts.begin, parts.operation, sock, serving)
+    return run(args)

@@ -8,7 +8,7 @@ from maxstack.serve.request import Request
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Sizes that the programs are compiled for, and the settings of the scheduler (docs/serving.md)."""
+    """Sizes that the programs are compiled for, and the settings of the scheduler (docs/scheduler.md)."""
 
     rows: int
     """Sequences at once. A row is an index into what the device keeps for each sequence."""

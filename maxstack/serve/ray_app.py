@@ -34,12 +34,11 @@ class Replica:
         use_compiled_cache()
         self.parts = Parts(args, settings_of(args), Phases(log.info))
         self.engine = self.parts.begin()
-        self.app = create_app(self.engine, self.parts.settings, operation=self.parts.operation)
         self.parts.operation.phases.finish("a replica answers")
 
     def __serve_build_asgi_app__(self) -> Any:
         """The application, as Ray asks for it."""
-        return self.app
+        return create_app(self.engine, self.parts.settings, operation=self.parts.operation)
 
     def check_health(self) -> None:
         """Ray replaces a replica for which this raises."""

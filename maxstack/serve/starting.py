@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -23,6 +24,8 @@ from maxstack.serve.sizes import default_limits
 from maxstack.sharding import MeshConfig, build_mesh
 
 RANK = 16
+SLOW_FLOPS = 1e9
+"""A second and core; twenty times that is usual."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,7 @@ def start(what: Start, phases: Phases, metrics: Metrics | None = None) -> AsyncE
         )
         del model  # the engine has its own form of the weights
     if metrics is not None:
-        metrics.traffic = traffic_of(engine, kv, peak)
+        metrics.traffic = traffic_of(what, engine, kv, peak)
     with phases.phase(COMPILE, "every program is compiled"):
         engine.warm_up(phases.compiled)
     if what.adapters:
@@ -129,11 +132,19 @@ def rank_of(folder: Path) -> int:
     return rank if isinstance(rank, int) and rank > 0 else RANK
 
 
-def traffic_of(engine: AsyncEngine, kv: Any, peak: float | None) -> Traffic:
+def traffic_of(what: Start, engine: AsyncEngine, kv: Any, peak: float | None) -> Traffic:
     """Bytes that a step has to read at most: all weights, and the keys and values of its rows."""
-    devices, limits = jax.local_device_count(), engine.limits
+    devices, limits = what.tensor, engine.limits
     return Traffic(
         weight_bytes=engine.weight_bytes,
         kv_bytes_a_token=page_bytes(engine.config, limits.page, kv) / limits.page,
         peak=None if peak is None else peak * (devices if jax.default_backend() != "cpu" else 1),
     )
+
+
+def slow_step_s(engine: AsyncEngine) -> float:
+    """Seconds that the largest step cannot reasonably exceed: on a processor, by a rate that any of them reaches."""
+    if jax.default_backend() != "cpu":
+        return 0.0
+    weights = sum(leaf.size for leaf in engine.leaves)
+    return 2 * weights * engine.limits.tokens_a_step / ((os.cpu_count() or 1) * SLOW_FLOPS)

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import time
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,12 +11,12 @@ from maxstack.config import UserError
 from maxstack.models.transformer import TransformerConfig
 from maxstack.serve.cost import Chip as Peaks
 from maxstack.serve.cost import Cost
-from maxstack.serve.plan import Limits
 
 log = logging.getLogger(__name__)
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
 """The smallest that libtpu describes; one chip of it is used."""
+PAGE = 128
 PAGES = 8
 """Of each row, in the step that is compiled: the cache's share is taken out again."""
 
@@ -25,14 +27,40 @@ class Step(NamedTuple):
     bytes: float
     """Read and written, weights and cache included."""
     flops: float
-    weight_bytes: int
-    seconds_to_compile: float
+    weight_bytes: int | float
 
 
-def compiled_step(config: TransformerConfig, chip: str, limits: Limits, kv: Any) -> Step:
-    """Compile it by libtpu. Raises UserError where that is not installed."""
-    import time
+def compiled_step(config: TransformerConfig, chip: str, rows: int, kv: Any) -> Step:
+    """Compile it by libtpu. Raises UserError where that is not installed.
 
+    The compiler's count has the body of a loop once, however often it runs. So what is compiled has one repeat of each
+    stack of layers, and then, stack by stack, two: their difference is what a repeat costs.
+    """
+    begun, device = time.perf_counter(), _device(chip)
+    single = [replace(stack, repeats=1) for stack in config.stacks]
+    once = _count(replace(config, stacks=tuple(single)), device, rows, kv)
+    total = list(once)
+    for i, stack in enumerate(config.stacks):
+        if stack.repeats > 1:
+            doubled = [*single[:i], replace(single[i], pattern=stack.pattern * 2), *single[i + 1 :]]
+            twice = _count(replace(config, stacks=tuple(doubled)), device, rows, kv)
+            for what in range(len(total)):
+                total[what] += (stack.repeats - 1) * (twice[what] - once[what])
+    log.info("a decode step of %d rows compiled for %s in %.0f s", rows, chip, time.perf_counter() - begun)
+    return Step(*total)
+
+
+def _count(config: TransformerConfig, device: Any, rows: int, kv: Any) -> Step:
+    """What the compiler says of a model as small as this.
+
+    It counts a pool that is written in place as if all of it were written, for each row: what grows with the pool is
+    taken out by compiling for two sizes of it.
+    """
+    small, large = (_analysed(config, device, rows, kv, pages) for pages in (1, 2))
+    return Step(2 * small.bytes - large.bytes, small.flops, small.weight_bytes)
+
+
+def _analysed(config: TransformerConfig, device: Any, rows: int, kv: Any, pages: int) -> Step:
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding
@@ -45,11 +73,10 @@ def compiled_step(config: TransformerConfig, chip: str, limits: Limits, kv: Any)
     from maxstack.serve.device import NEUTRAL
     from maxstack.serve.forms import scanned
 
-    begun, device, rows = time.perf_counter(), _device(chip), limits.rows
     model = jax.eval_shape(lambda: cast_products(config.build(jax.random.key(0)), np.dtype(config.dtype)))
     leaves, treedef = jax.tree.flatten(model)
     form = scanned(treedef)
-    pools = jax.eval_shape(partial(init_pools, config, limits.pages, limits.page, kv))
+    pools = jax.eval_shape(partial(init_pools, config, pages, PAGE, kv))
     settings = row_settings([NEUTRAL], config.vocab_size)
     state = jax.eval_shape(lambda: programs.empty_rows(rows + 1, config.vocab_size, settings))
     shapes = ((rows,), (rows, PAGES), (rows,), ())
@@ -68,9 +95,7 @@ def compiled_step(config: TransformerConfig, chip: str, limits: Limits, kv: Any)
         traced = jax.jit(step, donate_argnums=(1, 2)).trace(*given)
         found = traced.lower(lowering_platforms=("tpu",)).compile().cost_analysis()
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    took = time.perf_counter() - begun
-    log.info("decode step of %d rows compiled for %s in %.0f s", rows, chip, took)
-    return Step(found["bytes accessed"], found["flops"], weights, took)
+    return Step(found["bytes accessed"], found["flops"], weights)
 
 
 def _device(chip: str) -> Any:
@@ -91,16 +116,16 @@ def _device(chip: str) -> Any:
 
 
 def cost_of(
-    step: Step, config_cost: Cost, peaks: Peaks, limits: Limits, *, of_bandwidth: float, of_products: float
+    step: Step, config_cost: Cost, peaks: Peaks, rows: int, *, of_bandwidth: float, of_products: float
 ) -> Cost:
     """The step's bytes and products, split into what each step, token, and pair of tokens costs.
 
     `config_cost` says what the cache takes a token and attention a pair: those are taken out of the step, whose rows
     had full pages; the rest is what every step reads, and what each of its rows computes.
     """
-    cached = limits.rows * PAGES * limits.page
+    cached = rows * PAGES * PAGE
     fixed = step.bytes - cached * config_cost.kv_bytes_a_token
-    flops = (step.flops - cached * config_cost.attention_flops_a_pair) / limits.rows
+    flops = (step.flops - cached * config_cost.attention_flops_a_pair) / rows
     return Cost(
         weight_bytes=fixed,
         kv_bytes_a_token=config_cost.kv_bytes_a_token,

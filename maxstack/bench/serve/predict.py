@@ -32,8 +32,10 @@ def predict(model: str, chip: str, load: Load, target_s: dict[str, float]) -> Re
     if chip in TPUS:
         from maxstack.bench.serve.compiled_step import compiled_step, cost_of
 
-        step = compiled_step(config, chip, limits, config.dtype)
-        cost = cost_of(step, cost, CHIPS[chip], limits, of_bandwidth=OF_BANDWIDTH, of_products=OF_PRODUCTS)
+        step = compiled_step(config, chip, limits.rows, config.dtype)
+        cost = cost_of(
+            step, cost, CHIPS[chip], limits.rows, of_bandwidth=OF_BANDWIDTH, of_products=OF_PRODUCTS
+        )
         log.info(
             "without the cache, a step reads and writes %.3f GB by the compiler's count; the weights are %.3f GB",
             cost.weight_bytes / 1e9,

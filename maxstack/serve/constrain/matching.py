@@ -59,8 +59,8 @@ class Compiled:
                 "with the Grammars of this engine"
             )
         return Matching(
-            self.matcher.deep_copy(), vocab_size, self.bounds, unwanted=end_ids if params.ignore_eos else (),
-            later=(*end_ids, *params.stop_token_ids), held_off=params.min_tokens,
+            self.matcher.deep_copy(), vocab_size, self.bounds, ends=end_ids, stops=params.stop_token_ids,
+            held_off=params.min_tokens, never_ends=params.ignore_eos,
         )  # fmt: skip
 
 
@@ -73,11 +73,12 @@ class Matching:
     """Follows one answer. Used by the engine's thread; `take` is given the tokens that the caller was told of."""
 
     def __init__(
-        self, matcher: Matcher, vocab_size: int, bounds: Bounds, *, unwanted: Collection[int] = (),
-        later: Collection[int] = (), held_off: int = 0,
+        self, matcher: Matcher, vocab_size: int, bounds: Bounds, *, ends: Collection[int] = (),
+        stops: Collection[int] = (), held_off: int = 0, never_ends: bool = False,
     ):  # fmt: skip
-        """Tokens that are `unwanted`, and for the first `held_off` tokens those that may come `later`, are left out as
-        long as the grammar has anything else."""
+        """`ends` are the grammar's end tokens. Where one of them may come, so may `stops`, which end this answer. For
+        the first `held_off` tokens both are left out as long as the grammar has anything else, and with `never_ends`
+        the first always are."""
         self._matcher, self._bounds = matcher, bounds
         self._buffer = np.zeros(words_for(vocab_size + 1), np.uint32)
         self.words_w = self._buffer[: words_for(vocab_size)]
@@ -86,18 +87,19 @@ class Matching:
         """The grammar has come to its end: nothing can follow."""
         self.fault: str | None = None
         """Why it cannot go on; None while it can."""
-        self._held_off = held_off
-        self._unwanted_w = bits_of(unwanted, vocab_size)
-        self._early_w = self._unwanted_w | bits_of(later, vocab_size)
+        self._held_off, nobody = held_off, bits_of((), vocab_size)
+        # One token more than the vocabulary is the end of grammars where it has none.
+        self._ends = bits_of(ends or (vocab_size,), vocab_size + 1)
+        self._ends_w, self._stops_w = bits_of(ends, vocab_size), bits_of(stops, vocab_size)
+        self._unwanted_w = self._ends_w & ~self._stops_w if never_ends else nobody
         self._known_w = bits_below(vocab_size)
         self._taken, self._spent = 0, 0.0
         self._look()
 
     def allowed(self) -> list[int]:
         """The tokens that may come next."""
-        return np.nonzero(np.unpackbits(self.words_w.astype("<u4").view(np.uint8), bitorder="little"))[
-            0
-        ].tolist()
+        flags = np.unpackbits(self.words_w.astype("<u4").view(np.uint8), bitorder="little")
+        return np.nonzero(flags)[0].tolist()
 
     def take(self, tokens: Sequence[int]) -> None:
         """The answer has gone on by these tokens."""
@@ -123,8 +125,11 @@ class Matching:
             self.fault = f"the grammar is too much for one step: {matcher.get_error()}"
             return
         self.over = matcher.is_stopped()
+        if (self._buffer & self._ends).any():
+            self.words_w |= self._stops_w
         self.words_w &= self._known_w
-        others_w = self.words_w & ~(self._early_w if self._taken < self._held_off else self._unwanted_w)
+        early = self._taken < self._held_off
+        others_w = self.words_w & ~(self._ends_w | self._stops_w if early else self._unwanted_w)
         if others_w.any():
             self.words_w[:] = others_w
         if not self.over and not self.words_w.any():
@@ -137,12 +142,17 @@ def words_for(vocab_size: int) -> int:
 
 
 def bits_of(ids: Collection[int], vocab_size: int) -> np.ndarray:
-    """Words with the bits of some tokens."""
-    flags = np.zeros(words_for(vocab_size) * 32, bool)
-    flags[[token for token in ids if token < vocab_size]] = True
-    return np.packbits(flags, bitorder="little").view("<u4").astype(np.uint32)
+    """Words with the bits of some tokens; those that the vocabulary lacks have none."""
+    words = np.zeros(words_for(vocab_size), np.uint32)
+    for token in ids:
+        if token < vocab_size:
+            words[token >> 5] |= np.uint32(1 << (token & 31))
+    return words
 
 
 def bits_below(vocab_size: int) -> np.ndarray:
     """Words with the bits of the whole vocabulary."""
-    return bits_of(range(vocab_size), vocab_size)
+    words = np.full(words_for(vocab_size), 0xFFFFFFFF, np.uint32)
+    if vocab_size % 32:
+        words[-1] = (1 << vocab_size % 32) - 1
+    return words

@@ -51,7 +51,7 @@ class Operation:
     """Satisfies `http.operation.Operation` and `engine.Observer`. Lives in one event loop."""
 
     def __init__(
-        self, model: str, *, phases: Phases | None = None, stuck_after_s: float = LIMIT_S,
+        self, model: str, *, phases: Phases | None = None, stuck_after_s: int | float | None = None,
         requests: RequestLog | None = None, tracer: Tracer | None = None, log_prompts: bool = False,
     ):  # fmt: skip
         self.model, self.phases = model, phases or Phases()
@@ -68,10 +68,11 @@ class Operation:
         self.loading: dict[str, Any] = {}
         """How models are read, for weights that come later."""
 
-    def attach(self, engine: AsyncEngine) -> None:
-        """The engine is there."""
+    def attach(self, engine: AsyncEngine, slow_step_s: int | float = 0.0) -> None:
+        """The engine is there; no step of it should take longer than `slow_step_s`."""
         self.engine = self.metrics.engine = engine
-        self.watchdog = Watchdog(engine, limit_s=self._stuck_after_s)
+        told = self._stuck_after_s
+        self.watchdog = Watchdog(engine, limit_s=max(LIMIT_S, slow_step_s) if told is None else told)
         engine.observer = self
 
     # ------------------------------------------------------------------------------------------- what is asked of us

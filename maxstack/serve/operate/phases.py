@@ -4,18 +4,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LOAD, WEIGHTS, COMPILE, ADAPTERS, READY = "load", "weights", "compile", "adapters", "ready"
+IMPORT, LOAD, WEIGHTS, COMPILE, ADAPTERS, READY = "import", "load", "weights", "compile", "adapters", "ready"
 
 
 class Phases:
     """What a start has gone through. Written by the thread that starts, read by any."""
 
     def __init__(
-        self, say: Callable[[str], None] = lambda text: None, clock: Callable[[], float] = time.monotonic
-    ):
+        self, say: Callable[[str], None] = lambda text: None, clock: Callable[[], float] = time.monotonic,
+        before_s: float = 0.0,
+    ):  # fmt: skip
+        """`before_s` seconds have passed since the process began, with imports."""
         self._say, self._clock = say, clock
-        self._began = self._here = clock()
-        self.seconds: dict[str, float] = {}
+        self._here = clock()
+        self._began = self._here - before_s
+        self.seconds: dict[str, float] = {IMPORT: before_s} if before_s else {}
         """Of the phases that are over; READY is the whole start."""
         self.now = LOAD
         """The phase at hand."""

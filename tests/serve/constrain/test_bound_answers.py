@@ -145,6 +145,17 @@ def test_an_end_is_held_off_as_long_as_there_is_something_else(device, regex):
     assert ask("abc", ignore_eos=True, min_tokens=9, max_tokens=24) == [(3, "stop")] * 8
 
 
+def test_a_stop_token_may_come_where_an_end_may_and_ends_the_answer(device, regex):
+    params = dataclasses.replace(WILD, stop_token_ids=(33,), logit_bias=((33, 1e9),))
+    for expression, text in (("[a-z]+", 1), ("[a-z]{5,9}", 5), ("[a-z]{3}", 3)):
+        [answer] = driven(device).together(prompts(5), params, [regex(expression)])
+        assert answer.output.finish_reason == "stop"
+        assert re.fullmatch(expression, answer.output.text)
+        assert len(answer.output.text) == text
+    [late] = driven(device).together(prompts(5), dataclasses.replace(params, min_tokens=7), [regex("[a-z]+")])
+    assert len(late.output.text) == 7
+
+
 def test_biases_choose_within_the_form_and_cannot_break_it(device, regex):
     a, b, z = (ord(letter) for letter in "abz")
     for amount in (1e9, float("inf")):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import jsonschema_rs
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from maxstack.serve.constrain import (
     ToolCalls,
     grammars,
 )
+from maxstack.serve.constrain.matching import bits_below, bits_of
 from maxstack.serve.constrain.vocabulary import Words
 from tests.serve.constrain.schemas import schemas
 
@@ -272,6 +274,15 @@ def test_compiling_is_off_the_event_loop_kept_and_given_up_in_time(monkeypatch):
     let_go.set()
     made.close()
     assert all(name.startswith("maxstack-grammar") for name in threads)
+
+
+@given(vocab=st.integers(1, 200), ids=st.lists(st.integers(0, 250)))
+def test_bits_are_those_of_their_tokens(vocab, ids):
+    def tokens(words) -> list[int]:
+        return np.nonzero(np.unpackbits(words.astype("<u4").view(np.uint8), bitorder="little"))[0].tolist()
+
+    assert tokens(bits_below(vocab)) == list(range(vocab))
+    assert tokens(bits_of(ids, vocab)) == sorted({one for one in ids if one < vocab})
 
 
 AFTER = [("json_schema", {"const": 5}), ("regex", "5"), ("choice", ["5"]), ("grammar", 'start: "5"')]

@@ -7,6 +7,7 @@ import pytest
 
 from maxstack.models.generation import SamplingParams
 from maxstack.serve.errors import EngineDead, StepFailed
+from maxstack.serve.operate.operation import Operation
 from maxstack.serve.operate.watchdog import FAILURES, Watchdog
 from tests.serve.operate.pretend import engine
 
@@ -170,3 +171,11 @@ def test_a_device_that_always_fails_is_seen_and_so_is_an_engine_that_has_died(mo
         assert watchdog.fault is not None
         assert watchdog.fault[0] == "dead"
         assert "KeyError" in watchdog.fault[1]
+
+
+def test_the_limit_fits_the_model_unless_it_is_told():
+    with engine() as (made, _):
+        for told, slow_step_s, limit_s in ((None, 0.0, 60.0), (None, 600.0, 600.0), (5.0, 600.0, 5.0)):
+            operation = Operation("tiny", stuck_after_s=told)
+            operation.attach(made, slow_step_s)
+            assert operation.watchdog.limit_s == limit_s

@@ -276,6 +276,14 @@ def test_a_phone_has_its_list_and_settings_in_drawers(browser, script):
     assert script.asked[-1]["messages"][0] == {"role": "system", "content": "Be brief."}
 
 
+def test_a_long_name_pushes_nothing_off_a_phone(browser, script):
+    page = browser.page(script.url, 360, 740, touch=True)
+    page.until("document.querySelector('#model').options.length === 2")
+    page.run("document.querySelector('#model').selectedIndex = 1")
+    right = "Math.max(...[...document.querySelectorAll('header button')].map((e) => e.getBoundingClientRect().right))"
+    assert page.run(right) <= 360
+
+
 def test_all_of_it_works_by_keyboard(page, script):
     seen = []
     for _ in range(30):

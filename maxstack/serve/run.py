@@ -1,0 +1,68 @@
+"""What `maxstack serve` does with its arguments."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import psutil
+
+from maxstack.models.compiled_cache import use_compiled_cache
+from maxstack.serve.assemble import Parts, settings_of, start_of
+from maxstack.serve.http.front import Front
+from maxstack.serve.http.settings import Settings
+from maxstack.serve.operate.listen import address_of, check_open, listening, url_of
+from maxstack.serve.operate.phases import Phases
+from maxstack.serve.operate.running import Serving, serve
+from maxstack.serve.starting import start
+
+log = logging.getLogger(__name__)
+
+DONE = 0
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve, or compile and leave; returns the exit code."""
+    phases = Phases(log.info, before_s=max(0.0, time.time() - psutil.Process().create_time()))
+    if args.compile_only:
+        use_compiled_cache()
+        start(start_of(args), phases).close()
+        phases.finish("compiled programs are kept for the next start")
+        return DONE
+    settings = settings_of(args)
+    check_open(args.host, settings.api_keys, args.allow_no_key)
+    use_compiled_cache()
+    with listening(args.host, args.port) as sock, asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(_serve(args, phases, settings, sock))
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """The fast event loop, where there is one for this system."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+async def _serve(args: argparse.Namespace, phases: Phases, settings: Settings, sock: Any) -> int:
+    """Serve until asked to leave."""
+    parts = Parts(args, settings, phases)
+
+    @contextlib.asynccontextmanager
+    async def beside(front: Front) -> AsyncGenerator[None]:
+        from maxstack.serve.rpc.server import grpc_served  # for those who ask for it
+
+        address = address_of(args.host, args.grpc_port)
+        async with grpc_served(front, settings, parts.operation, address) as port:
+            log.info("gRPC on %s", address_of(args.host, port))
+            yield
+
+    log.info("listening on %s; /ready says when to ask", url_of(sock))
+    serving = Serving(
+        settings=settings, drain_s=args.drain_seconds, beside=None if args.grpc_port is None else beside
+    )
+    return await serve(parts.begin, parts.operation, sock, serving)
