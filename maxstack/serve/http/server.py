@@ -41,8 +41,8 @@ class Impatient(H11Protocol):
     _stalled: asyncio.TimerHandle | None = None
     _patience: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # pyrefly: ignore
-        """A client is there."""
+    def connection_made(self, transport: Any) -> None:
+        """A client is there. Its transport may be uvloop's, which is no asyncio.Transport."""
         super().connection_made(transport)
         self._wait_for_headers()
 
