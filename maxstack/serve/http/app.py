@@ -80,7 +80,10 @@ async def answer_error(request: Request, error: Exception) -> Response:
         log.error("%s %s has failed", request.method, request.url.path, exc_info=error)
     seen: Seen = request.state.seen
     seen.error = told.code or told.body["error"]["type"]
-    return told.response
+    response = told.response
+    if told.code == "internal_error":  # sent from outside of the gate, which names the others
+        response.headers["x-request-id"] = seen.id
+    return response
 
 
 def cors(origins: Sequence[str]) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from typing import Any
 from maxstack.chat.parsing import Parser, parser_for
 from maxstack.models.generation.params import SamplingParams
 from maxstack.serve.http.errors import refused
-from maxstack.serve.http.front import Front
+from maxstack.serve.http.front import LONG, Front
 from maxstack.serve.http.schemas.chat import ChatRequest, Message
 
-LONG = 20_000
-"""Characters above which rendering is done beside the event loop, which others wait for."""
+RESERVED = frozenset({
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "supervise", "trust_assistant",
+})  # fmt: skip
+"""What a template is told of the renderer's own."""
 
 
 @dataclass
@@ -58,6 +60,10 @@ async def render(front: Front, asked: ChatRequest, formed: bool = False) -> Prom
     going_on = bool(asked.continue_final_message)
     opening = not going_on if asked.add_generation_prompt is None else asked.add_generation_prompt
     variables: dict[str, Any] = dict(asked.chat_template_kwargs or {})
+    if taken := sorted(RESERVED & {*variables}):
+        raise refused(
+            f"chat_template_kwargs: {taken[0]} is no variable of the template's own", "chat_template_kwargs"
+        )
     if asked.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", asked.reasoning_effort)
     if formed:  # templates that think by default leave it then; to others it says nothing

@@ -25,6 +25,9 @@ from maxstack.serve.http.sse import EventStream, error_event, gone
 from maxstack.serve.output import Delta, Output
 from maxstack.serve.stream import Stream
 
+LONG = 20_000
+"""Characters above which text is made into tokens beside the event loop, which others wait for."""
+
 if TYPE_CHECKING:
     from maxstack.serve.constrain.grammars import Grammars
 
@@ -108,12 +111,17 @@ class Front:
         wanted = own.bos_id is not None and (not text or own.settings.get("add_bos_token") is not False)
         return [own.bos_id, *ids] if begin and wanted and ids[:1] != [own.bos_id] else ids  # pyrefly: ignore
 
-    def ids_of(
+    async def ids_of(
         self, prompts: Sequence[str | list[int]], begin: bool | None, special: bool | None
     ) -> list[list[int]]:
         """Prompts as tokens."""
         how = {"begin": begin is not False, "special": special is not False}
-        return [self.text_ids(prompt, **how) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+        def all_of_them() -> list[list[int]]:
+            return [self.text_ids(prompt, **how) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+        size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        return await asyncio.to_thread(all_of_them) if size > LONG else all_of_them()
 
     def room(self, prompt: Sequence[int], asked: int | None, default: int | None) -> int:
         """Tokens that an answer may have: as asked for, else what is left, `default` at most."""
@@ -144,10 +152,11 @@ class Front:
                     f"{what}: {number} is more than the {most} of one request", param, "budget_exceeded"
                 )
 
-    def options(self, asked: Urgency, adapter: str | None) -> dict[str, Any]:
+    def options(self, asked: Urgency, adapter: str | None, seen: Seen) -> dict[str, Any]:
         """What the engine is told beside prompt and parameters."""
         limits = [s for s in (asked.timeout_s, self.settings.deadline_s) if s is not None]
         options: dict[str, Any] = {"priority": asked.priority or 0, "deadline_s": min(limits, default=None)}
+        options["tenant"] = seen.tenant
         return options | ({} if adapter is None else {"adapter": adapter})
 
     def open(
@@ -156,7 +165,7 @@ class Front:
         keep: Sequence[str] = (),
     ) -> list[Stream]:  # fmt: skip
         """Ask the engine for answers to a prompt, each with a seed of its own."""
-        options = self.options(asked, adapter)
+        options = self.options(asked, adapter, seen)
         options |= {"constraint": constraint, "keep": keep}
         streams = self.engine.open_choices(ids, params, tries, request_id=answer_id, **options)
         seen.opened = seen.opened or time.monotonic()

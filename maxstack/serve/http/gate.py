@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import binascii
+import hashlib
 import hmac
 import re
 import time
@@ -22,7 +23,7 @@ OPEN = frozenset({"/health", "/ready"})
 VERSIONS = frozenset({"1.0", "1.1", "2", "3"})
 MANAGED = "/manage/"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|([\[{])|([\]}])', re.DOTALL)
+_BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|([\[{])|([\]}])', re.DOTALL)
 
 
 class Gate:
@@ -45,6 +46,7 @@ class Gate:
         try:
             try:
                 self._look_at(scope, headers)
+                seen.tenant = check_key(scope["path"], headers, self._settings)
                 body = await read_body(receive, headers, self._settings)
                 if body:
                     check_json(body, headers, self._settings.depth)
@@ -58,6 +60,9 @@ class Gate:
                 await error.response(scope, receive, sending)
                 return
             await self._app(scope, replay(body, receive), sending)
+        except BaseException:
+            seen.status, seen.error = seen.status or 500, seen.error or "internal_error"
+            raise
         finally:
             seen.ended = time.monotonic()
             if self._operation is not None:
@@ -75,7 +80,6 @@ class Gate:
         asked = headers.get("x-request-id")
         if asked is not None and not REQUEST_ID.fullmatch(asked):
             raise refused("x-request-id must be 1 to 128 letters, digits and . _ : -", "x-request-id")
-        check_key(scope["path"], headers, self._settings)
 
 
 def seen_of(scope: Scope, headers: Headers) -> Seen:
@@ -92,10 +96,13 @@ def seen_of(scope: Scope, headers: Headers) -> Seen:
     )
 
 
-def check_key(path: str, headers: Headers, settings: Settings) -> None:
-    """The one rule: everything but `OPEN` takes a key where there is one; management takes its own."""
+def check_key(path: str, headers: Headers, settings: Settings) -> str:
+    """The one rule: everything but `OPEN` takes a key where there is one; management takes its own.
+
+    Who asks: a name that a key has, and nobody can find the key by; "" where there are none.
+    """
     if path in OPEN:
-        return
+        return ""
     if path.startswith(MANAGED):
         if settings.management_key is None:
             raise ApiError(404, f"there is nothing at {path}", code="not_found")
@@ -103,7 +110,7 @@ def check_key(path: str, headers: Headers, settings: Settings) -> None:
     else:
         keys = settings.api_keys
         if not keys:
-            return
+            return ""
     given = given_key(headers.get("authorization", ""))
     if given is None or not is_one_of(given, keys):
         # A browser asks for a password by itself, and the page at / can then be opened: the key is the password.
@@ -114,6 +121,7 @@ def check_key(path: str, headers: Headers, settings: Settings) -> None:
             code="invalid_api_key",
             headers={"WWW-Authenticate": f'{scheme} realm="maxstack"'},
         )
+    return hashlib.sha256(given).hexdigest()[:16]
 
 
 def given_key(authorization: str) -> bytes | None:
@@ -170,6 +178,11 @@ def check_json(body: bytes, headers: Headers, most_depth: int) -> None:
         raise refused(
             "send the body as JSON, with 'Content-Type: application/json'", code="invalid_content_type"
         )
+    try:
+        pydantic_core.from_json(body, allow_inf_nan=False, cache_strings=False)
+    except ValueError as error:
+        raise refused(f"the body is not JSON in UTF-8: {error}", code="invalid_json") from None
+    # Only now: of what is JSON, each text has its end, and one look at each byte is enough.
     depth = 0
     for found in _BRACKETS.finditer(body):
         if found.lastindex == 1:
@@ -178,10 +191,6 @@ def check_json(body: bytes, headers: Headers, most_depth: int) -> None:
                 raise refused(f"the body's JSON is more than {most_depth} levels deep", code="invalid_json")
         elif found.lastindex == 2:
             depth -= 1
-    try:
-        pydantic_core.from_json(body, allow_inf_nan=False, cache_strings=False)
-    except ValueError as error:
-        raise refused(f"the body is not JSON in UTF-8: {error}", code="invalid_json") from None
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

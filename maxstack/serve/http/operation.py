@@ -19,6 +19,8 @@ class Seen:
     path: str
     arrived: float
     client: str = ""
+    tenant: str = ""
+    """Who asks, by the key: cached prefixes and the queue's share are each tenant's own."""
     model: str = ""
     stream: bool = False
     max_tokens: int = 0

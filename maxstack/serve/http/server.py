@@ -1,9 +1,12 @@
 """How uvicorn runs the application."""
 
+import asyncio
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from maxstack.serve.http.settings import Settings
 
@@ -16,7 +19,7 @@ def server_config(
         app,
         host=host,
         port=port,
-        http="h11",
+        http=type("Impatient", (Impatient,), {"header_s": settings.header_s, "stall_s": settings.send_s}),
         ws="none",
         lifespan="on",
         access_log=False,
@@ -29,3 +32,55 @@ def server_config(
         backlog=2048,
         **options,
     )
+
+
+class Impatient(H11Protocol):
+    """One connection: closed when headers take too long to come, or answers to be taken. uvicorn waits for ever."""
+
+    header_s, stall_s = 15.0, 60.0
+    _stalled: asyncio.TimerHandle | None = None
+    _patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """A client is there. Its transport may be uvloop's, which is no asyncio.Transport."""
+        super().connection_made(transport)
+        self._wait_for_headers()
+
+    def data_received(self, data: bytes) -> None:
+        """Something has come of it."""
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_waiting()
+        elif self._patience is None:  # part of another request's headers
+            self._wait_for_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has gone."""
+        self._stop_waiting()
+        self._taken()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client takes less than there is."""
+        super().pause_writing()
+        self._taken()
+        # Not closed, which would wait for the client to take the rest.
+        self._stalled = self.loop.call_later(self.stall_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It takes again."""
+        self._taken()
+        super().resume_writing()
+
+    def _taken(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+    def _wait_for_headers(self) -> None:
+        self._patience = self.loop.call_later(self.header_s, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None

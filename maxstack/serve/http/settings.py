@@ -27,6 +27,8 @@ class Settings:
     """Of a request's body."""
     header_bytes: int = 16_384
     """Of all headers together."""
+    header_s: float = 15.0
+    """Seconds in which a request's first lines and headers must have come."""
     body_s: float = 30.0
     """Seconds in which a body must have come."""
     send_s: float = 60.0

@@ -1,17 +1,19 @@
 """Clients that leave, early or in the middle: what they asked for ends at once, and its pages are free."""
 
+import dataclasses
 import json
 import threading
 
 import pytest
 
+from maxstack.serve.http import front
 from tests.serve.http import raw
-from tests.serve.http.serving import LETTERS, settle
+from tests.serve.http.serving import LETTERS, SETTINGS, served, settle
 
 LONG = {"model": "tiny", "max_tokens": 240, "prompt": "go on", "logit_bias": LETTERS}
 
 
-def asked(url: str, body: dict, path: str = "/v1/completions"):
+def asked(body: dict, path: str = "/v1/completions"):
     data = json.dumps(body).encode()
     lines = ("Content-Type: application/json", f"Content-Length: {len(data)}")
     return raw.head("POST", path, *lines, close=False) + data
@@ -40,7 +42,7 @@ def await_ends(ended: list, number: int) -> None:
 @pytest.mark.parametrize("n", [1, 3])
 def test_who_leaves_ends_what_was_asked(url, engine, ended, stream, n):
     with raw.connected(url) as line:
-        line.sendall(asked(url, LONG | {"stream": stream, "n": n}))
+        line.sendall(asked(LONG | {"stream": stream, "n": n}))
         if stream:
             assert b"data:" in line.recv(65536) + line.recv(65536)
     await_ends(ended, n)
@@ -52,7 +54,7 @@ def test_who_leaves_before_the_first_token_ends_it_too(url, engine, ended, monke
     # Nothing comes: the news are held back.
     monkeypatch.setattr(engine, "_hear", lambda news: None)
     with raw.connected(url) as line:
-        line.sendall(asked(url, LONG | {"stream": True}))
+        line.sendall(asked(LONG | {"stream": True}))
         threading.Event().wait(0.2)
     await_ends(ended, 1)
     assert ended == ["cancelled"]
@@ -85,4 +87,25 @@ def test_an_error_inside_a_stream_is_an_error_event_and_the_stream_ends(url, eng
         list(stream)
     assert failed.value.code == "generation_failed"
     monkeypatch.undo()
+    settle(engine)
+
+
+def test_a_stream_that_waits_begins_without_a_token_and_says_that_it_lives(engine, monkeypatch):
+    """In a long queue nobody in between gives it up."""
+    hear, held = engine._hear, []
+    monkeypatch.setattr(front, "HOLD_S", 0.05)
+    monkeypatch.setattr(engine, "_hear", held.extend)
+    with served(engine, dataclasses.replace(SETTINGS, keep_alive_s=0.05)) as url, raw.connected(url) as line:
+        line.sendall(asked(LONG | {"stream": True, "max_tokens": 3}))
+        seen = b""
+        while seen.count(b": keep-alive\n\n") < 2:
+            seen += line.recv(65536)
+        assert seen.startswith(b"HTTP/1.1 200")
+        assert b"data:" not in seen
+        monkeypatch.setattr(engine, "_hear", hear)
+        [stream] = engine._open.values()
+        stream.loop.call_soon_threadsafe(hear, [*held])
+        while b"[DONE]" not in seen:
+            seen += line.recv(65536)
+    assert b'"finish_reason":"length"' in seen
     settle(engine)

@@ -154,6 +154,7 @@ def test_a_fault_of_ours_says_nothing_to_the_client_and_is_logged_without_the_pr
         answer = raw.post(small, GOOD | {"prompt": "a secret thing"})
     assert (answer.status, answer.error["code"]) == (500, "internal_error")
     assert "inner thing" not in answer.error["message"]
+    assert answer.headers["x-request-id"]
     assert "KeyError" in caplog.text
     assert "a secret thing" not in caplog.text
     monkeypatch.undo()
@@ -201,3 +202,61 @@ def test_keys_of_both_kinds_are_compared_whole(engine):
         assert page.headers["www-authenticate"].startswith("Basic")
         assert raw.ask(url, b"", "Authorization: Bearer right", path="/manage/x").status == 401
         assert raw.ask(url, b"", "Authorization: Bearer manager", path="/manage/x").status == 404
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /v1/models HTTP/1.1\r\nHost: here\r\n\r\n"])
+def test_who_does_not_finish_the_headers_is_let_go(engine, before):
+    """The first ones of a connection, or those after an answer."""
+    with served(engine, dataclasses.replace(SMALL, header_s=0.3)) as url, raw.connected(url) as line:
+        line.sendall(before)
+        if before:
+            assert line.recv(65536).startswith(b"HTTP/1.1 200")
+        line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost:")
+        rest = b""
+        while part := line.recv(65536):
+            rest += part
+        assert b"HTTP/1.1 200" not in rest
+        works(url)
+
+
+def test_each_key_has_prefixes_of_its_own(engine):
+    settings = dataclasses.replace(SMALL, api_keys=("one", "two"))
+    body = GOOD | {"prompt": "a system prompt that fills several pages of the cache, at eight tokens a page"}
+    with served(engine, settings) as url:
+        cached = [
+            json.loads(raw.post(url, body, f"Authorization: Bearer {key}").body)["usage"][
+                "prompt_tokens_details"
+            ]
+            for key in ("one", "two", "one")
+        ]
+    assert [each["cached_tokens"] > 0 for each in cached] == [False, False, True]
+
+
+LONG_WAYS = {
+    "escapes without an end": b'"' + b'\\"' * 900_000,
+    "fields that are unknown": json.dumps(GOOD | {f"a{i}": 0 for i in range(150_000)}).encode(),
+    "fields of a message": json.dumps({"messages": [{f"a{i}": 0 for i in range(150_000)}]}).encode(),
+    "entries that are wrong": json.dumps({"prompt": [1, *["a"] * 300_000]}).encode(),
+    "biases": json.dumps(GOOD | {"logit_bias": {f"{i}": "x" for i in range(120_000)}}).encode(),
+    "empty lists": b'{"prompt": [' + b"[]," * 600_000 + b"[]]}",
+}
+
+
+@pytest.mark.parametrize("body", LONG_WAYS.values(), ids=LONG_WAYS.keys())
+def test_two_megabytes_of_wrong_are_one_short_answer(url, body):
+    """Neither time nor memory grows with the number of faults: the test would not end, or the answer be long."""
+    assert len(body) < 2_000_000
+    path = "/v1/chat/completions" if b'"messages"' in body[:20] else "/v1/completions"
+    answer = raw.ask(url, body, path=path)
+    assert answer.status == 400
+    assert len(answer.body) < 1000
+    assert (
+        "more)" not in answer.error["message"] or int(answer.error["message"].split("(")[-1].split()[0]) < 100
+    )
+
+
+def test_a_template_keeps_the_variables_that_are_not_its_own(url):
+    for name in ("messages", "trust_assistant"):
+        body = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {name: True}}
+        answer = raw.post(url, body, path="/v1/chat/completions")
+        assert (answer.status, answer.error["param"]) == (400, "chat_template_kwargs")

@@ -89,6 +89,7 @@ def chat_routes(front: Front) -> APIRouter:
 
 async def ready(front: Front, asked: ChatRequest, seen: Seen) -> Job:
     """Everything that can be wrong with a request is found here."""
+    asked.check()
     adapter = front.adapter(asked.model)
     seen.model, seen.stream = asked.model or front.settings.model_name, bool(asked.stream)
     named = form_of(asked)

@@ -91,6 +91,7 @@ def completion_routes(front: Front) -> APIRouter:
 
 async def ready(front: Front, asked: CompletionRequest, seen: Seen) -> Job:
     """Everything that can be wrong with a request is found here."""
+    asked.check()
     adapter = front.adapter(asked.model)
     seen.model, seen.stream = asked.model or front.settings.model_name, bool(asked.stream)
     if asked.suffix:
@@ -100,7 +101,7 @@ async def ready(front: Front, asked: CompletionRequest, seen: Seen) -> Job:
     if asked.max_tokens == 0 and asked.answers > 1:
         raise refused("max_tokens is 0: then there is one answer, n must be 1", "n")
     front.check_budget(len(asked.prompts), asked.tries, asked.max_tokens or DEFAULT_NEW)
-    prompts = front.ids_of(asked.prompts, asked.add_special_tokens, asked.parse_special)
+    prompts = await front.ids_of(asked.prompts, asked.add_special_tokens, asked.parse_special)
     texts = [
         "" if not asked.echo else prompt if isinstance(prompt, str) else front.tokenizer.decode(prompt)
         for prompt in asked.prompts

@@ -30,7 +30,7 @@ def embedding_routes(front: Front) -> APIRouter:
 
 async def embedded(front: Front, asked: EmbeddingsRequest, seen: Seen) -> dict[str, Any]:
     """The whole answer."""
-    options = front.options(asked, front.adapter(asked.model))
+    options = front.options(asked, front.adapter(asked.model), seen)
     seen.model = asked.model or front.settings.model_name
     width = front.engine.config.width
     if asked.dimensions not in (None, width):
@@ -39,7 +39,7 @@ async def embedded(front: Front, asked: EmbeddingsRequest, seen: Seen) -> dict[s
         )
     inputs = as_list(asked.input)
     front.check_budget(len(inputs), 1, 0)
-    prompts = front.ids_of(inputs, None, False)
+    prompts = await front.ids_of(inputs, None, False)
     front.check_budget(1, 1, sum(map(len, prompts)))
     seen.opened, seen.choices = time.monotonic(), len(prompts)
     pooling = asked.pooling or "mean"

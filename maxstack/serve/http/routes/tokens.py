@@ -64,5 +64,5 @@ async def tokens_of(front: Front, asked: TokenizeRequest) -> list[int]:
     if (asked.prompt is None) == (asked.messages is None):
         raise refused("give one of prompt and messages", "prompt", "missing_required_parameter")
     if asked.prompt is not None:
-        return front.ids_of([asked.prompt], asked.add_special_tokens, asked.parse_special)[0]
+        return (await front.ids_of([asked.prompt], asked.add_special_tokens, asked.parse_special))[0]
     return (await render(front, ChatRequest.model_construct(**{n: getattr(asked, n) for n in OF_CHAT}))).ids

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from maxstack.models.generation.params import MOST_LOGPROBS
-from maxstack.serve.http.schemas.base import Name, Object, Schema, Text
+from maxstack.serve.http.errors import refused
+from maxstack.serve.http.schemas.base import Name, Object, Schema, Text, at_most
 from maxstack.serve.http.schemas.sampling import MOST_NEW, Sampling
 
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
@@ -45,15 +46,15 @@ class Message(Schema):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     type: Literal["text", "message"] | None = None
     """Says nothing; some clients send it."""
-    content: Text | Annotated[list[Part], Field(max_length=1024)] | None = None
+    content: Text | Annotated[list[Part], Field(max_length=1024, fail_fast=True)] | None = None
     name: Name | None = None
-    tool_calls: Annotated[list[Call], Field(max_length=128)] | None = None
+    tool_calls: Annotated[list[Call], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: Name | None = None
     reasoning_content: Text | None = None
     reasoning: Text | None = None
     # As the clients send back what they were given.
     refusal: Text | None = None
-    annotations: Annotated[list[Object], Field(max_length=128)] | None = None
+    annotations: Annotated[list[Object], Field(max_length=128, fail_fast=True)] | None = None
     audio: Object | None = None
     function_call: Object | None = None
 
@@ -106,11 +107,11 @@ class ResponseFormat(Schema):
 class ChatRequest(Sampling):
     """A conversation to be answered."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_NEW)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -122,10 +123,16 @@ class ChatRequest(Sampling):
     verbosity: Literal["low", "medium", "high"] | None = None
     """Taken and not acted on."""
 
-    chat_template_kwargs: Annotated[dict[Name, object], Field(max_length=32)] | None = None
+    chat_template_kwargs: Annotated[dict[Name, object], at_most(32)] | None = None
     """Variables of the chat template."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     """Go on with the last message instead of answering it."""
-    documents: Annotated[list[Object], Field(max_length=1024)] | None = None
+    documents: Annotated[list[Object], Field(max_length=1024, fail_fast=True)] | None = None
     include_reasoning: bool | None = None
+
+    def check(self) -> None:
+        """Raise for fields that do not go together."""
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise refused("top_logprobs go with logprobs only: set it to true", "top_logprobs")

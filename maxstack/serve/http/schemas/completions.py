@@ -11,12 +11,12 @@ from maxstack.serve.http.schemas.sampling import Sampling
 
 MOST_IDS = 1_000_000
 MOST_PROMPTS = 2048
-Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_IDS)]
+Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_IDS, fail_fast=True)]
 Prompt = (
     Text
-    | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+    | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     | Ids
-    | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+    | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
 )
 
 

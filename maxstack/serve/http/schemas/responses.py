@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from maxstack.models.generation.params import MOST_LOGPROBS
-from maxstack.serve.http.schemas.base import Name, Object, Schema, Text, TokenId
+from maxstack.serve.http.schemas.base import Name, Object, Schema, Text, TokenId, at_most
 from maxstack.serve.http.schemas.chat import FunctionName, Part
-from maxstack.serve.http.schemas.sampling import MOST_NEW, Label
+from maxstack.serve.http.schemas.sampling import MOST_NEW, Biases, Label, Metadata
 from maxstack.serve.request import PRIORITIES
 
 Kind = Annotated[str, Field(max_length=64)]
@@ -16,8 +16,8 @@ Kind = Annotated[str, Field(max_length=64)]
 class ContentPart(Part):
     """A part of an item's content. Those of answers come back as they were given out."""
 
-    annotations: Annotated[list[Object], Field(max_length=1024)] | None = None
-    logprobs: list[Object] | None = None
+    annotations: Annotated[list[Object], Field(max_length=1024, fail_fast=True)] | None = None
+    logprobs: Annotated[list[Object], Field(fail_fast=True)] | None = None
     detail: Kind | None = None
     file_id: Text | None = None
     image_url: Object | Text | None = None
@@ -30,13 +30,13 @@ class Item(Schema):
     id: Name | None = None
     status: Kind | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: Text | Annotated[list[ContentPart], Field(max_length=1024)] | None = None
+    content: Text | Annotated[list[ContentPart], Field(max_length=1024, fail_fast=True)] | None = None
     phase: Kind | None = None
     call_id: Name | None = None
     name: Name | None = None
     arguments: Text | None = None
-    output: Text | Annotated[list[ContentPart], Field(max_length=1024)] | None = None
-    summary: Annotated[list[Object], Field(max_length=1024)] | None = None
+    output: Text | Annotated[list[ContentPart], Field(max_length=1024, fail_fast=True)] | None = None
+    summary: Annotated[list[Object], Field(max_length=1024, fail_fast=True)] | None = None
     encrypted_content: Text | None = None
 
 
@@ -91,14 +91,14 @@ class ResponseStreamOptions(Schema):
 class ResponsesRequest(Schema):
     """An input to be answered. Nothing is stored: a conversation is sent whole each time."""
 
-    input: Text | Annotated[list[Item], Field(min_length=1, max_length=4096)]
+    input: Text | Annotated[list[Item], Field(min_length=1, max_length=4096, fail_fast=True)]
     model: Name | None = None
     instructions: Text | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=MOST_NEW)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=128)] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     parallel_tool_calls: bool | None = None
     max_tool_calls: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -117,7 +117,7 @@ class ResponsesRequest(Schema):
 
     # Taken and not acted on.
     user: Label | None = None
-    metadata: Annotated[dict[str, Label], Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
     service_tier: Kind | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
@@ -129,8 +129,8 @@ class ResponsesRequest(Schema):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
+    logit_bias: Biases | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=256, fail_fast=True)] | None = None
     priority: Annotated[int, Field(ge=-PRIORITIES, le=PRIORITIES)] | None = None
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
-    chat_template_kwargs: Annotated[dict[Name, object], Field(max_length=32)] | None = None
+    chat_template_kwargs: Annotated[dict[Name, object], at_most(32)] | None = None

@@ -4,11 +4,19 @@ import math
 import secrets
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from maxstack.models.generation.params import MOST_BIASES, SamplingParams
 from maxstack.serve.http.errors import refused
-from maxstack.serve.http.schemas.base import Name, Object, Schema, StreamOptions, Text, TokenId
+from maxstack.serve.http.schemas.base import (
+    Name,
+    Object,
+    Schema,
+    StreamOptions,
+    Text,
+    TokenId,
+    at_most,
+)
 from maxstack.serve.request import PRIORITIES
 
 MOST_STOPS = 16
@@ -16,13 +24,28 @@ MOST_NEW = 1_048_576
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 Label = Annotated[str, Field(max_length=512)]
 
+Metadata = Annotated[dict[str, Label], at_most(16)]
+
+
+def of_tokens(value: dict[str, float]) -> dict[str, float]:
+    """The value, if its keys are token ids."""
+    for key in value:
+        if not (key.isascii() and key.isdecimal() and len(key) < 10):
+            raise ValueError(f"keys are token ids, got {key[:20]!r}")
+    return value
+
+
+Biases = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]], at_most(MOST_BIASES), AfterValidator(of_tokens)
+]
+
 
 class StructuredOutputs(Schema):
     """One form that the answer must have, as vLLM spells it."""
 
     json_: Object | Text | None = Field(None, alias="json")
     regex: Text | None = None
-    choice: Annotated[list[Text], Field(min_length=1, max_length=4096)] | None = None
+    choice: Annotated[list[Text], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
     grammar: Text | None = None
     json_object: bool | None = None
 
@@ -38,14 +61,14 @@ class Sampling(Schema):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Biases | None = None
     max_tokens: Annotated[int, Field(ge=0, le=MOST_NEW)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     # Taken from OpenAI's clients and not acted on.
     user: Label | None = None
-    metadata: Annotated[dict[str, Label], Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
@@ -55,7 +78,7 @@ class Sampling(Schema):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MOST_NEW)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=256, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
     priority: Annotated[int, Field(ge=-PRIORITIES, le=PRIORITIES)] | None = None
@@ -65,24 +88,19 @@ class Sampling(Schema):
     return_token_ids: bool | None = None
     guided_json: Object | Text | None = None
     guided_regex: Text | None = None
-    guided_choice: Annotated[list[Text], Field(min_length=1, max_length=4096)] | None = None
+    guided_choice: Annotated[list[Text], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
     guided_grammar: Text | None = None
     structured_outputs: StructuredOutputs | None = None
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        if value is not None and len(value) > MOST_BIASES:
-            raise ValueError(f"at most {MOST_BIASES} tokens, got {len(value)}")
-        for key in value or ():
-            if not (key.isascii() and key.isdecimal() and len(key) < 10):
-                raise ValueError(f"keys are token ids, got {key[:20]!r}")
-        return value
 
     @property
     def stops(self) -> tuple[str, ...]:
         """Texts that end the answer."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def check(self) -> None:
+        """Raise for fields that do not go together."""
+        if self.stream_options is not None and not self.stream:
+            raise refused("stream_options go with stream only", "stream_options")
 
     @property
     def answers(self) -> int:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from maxstack.serve.http.schemas.base import Name, Object, Schema, Text, TokenId
+from maxstack.serve.http.schemas.base import Name, Object, Schema, Text, TokenId, at_most
 from maxstack.serve.http.schemas.chat import Message, Tool
 from maxstack.serve.http.schemas.completions import MOST_IDS, Prompt
 from maxstack.serve.http.schemas.sampling import Label
@@ -16,7 +16,7 @@ class TokenizeRequest(Schema):
 
     model: Name | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     """Begin a text with the token for the start of a document: by default, as completions do."""
     parse_special: bool | None = None
@@ -24,16 +24,16 @@ class TokenizeRequest(Schema):
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    chat_template_kwargs: Annotated[dict[Name, object], Field(max_length=32)] | None = None
-    documents: Annotated[list[Object], Field(max_length=1024)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
+    chat_template_kwargs: Annotated[dict[Name, object], at_most(32)] | None = None
+    documents: Annotated[list[Object], Field(max_length=1024, fail_fast=True)] | None = None
 
 
 class DetokenizeRequest(Schema):
     """Tokens to be read."""
 
     model: Name | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=MOST_IDS)]
+    tokens: Annotated[list[TokenId], Field(max_length=MOST_IDS, fail_fast=True)]
     skip_special_tokens: bool | None = None
 
 
