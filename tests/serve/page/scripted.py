@@ -42,7 +42,12 @@ class Scripted:
         async def models(request: Request):
             if not self.opens(request):
                 return JSONResponse({"error": {"message": "no key"}}, 401)
-            return {"data": [{"id": "scripted-1b"}, {"id": "a-model-with-a-name-that-is-longer-than-a-phone-is-wide"}]}
+            return {
+                "data": [
+                    {"id": "scripted-1b"},
+                    {"id": "a-model-with-a-name-that-is-longer-than-a-phone-is-wide"},
+                ]
+            }
 
         @app.post("/v1/chat/completions")
         async def chat(request: Request):
