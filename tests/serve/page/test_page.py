@@ -153,6 +153,11 @@ def test_conversations_go_out_and_come_in_again(page, script):
 
 def test_probabilities_show_on_hover_and_by_the_arrow_keys(page, script):
     ask(page, "Hi")
+    assert page.run("[...document.querySelectorAll('.token')].map((e) => e.textContent)") == [
+        "You",
+        " said:",
+        " Hi",
+    ]
     page.hover(".token[data-i='1']")
     page.until("!document.querySelector('#tip').hidden")
     assert page.run("[...document.querySelectorAll('#tip td')].map((e) => e.innerText).filter(Boolean)") == [
