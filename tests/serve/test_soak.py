@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from random import Random
 
+import jax
 import jax.numpy as jnp
 import psutil
 import pytest
@@ -39,7 +40,7 @@ GROWN_BYTES, GROWN_OBJECTS = 48e6, 0.03
 
 
 class FailingDevice:
-    """A device of which some calls fail, before the work or after it."""
+    """A device of which some calls fail, before the work or after it, and take the donated cache along."""
 
     def __init__(self, device, random: Random):
         self._device, self._random = device, random
@@ -51,6 +52,8 @@ class FailingDevice:
     def _perhaps_fail(self) -> None:
         if self.failing and self._random.random() < 1 / EVERY:
             self.failed += 1
+            for array in jax.tree.leaves((self._device._pools, self._device._state)):
+                array.delete()
             raise self._random.choice(FAULTS)
 
     def launch(self, plan):
