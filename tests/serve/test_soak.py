@@ -12,6 +12,7 @@ import os
 import time
 from collections import Counter
 from random import Random
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,8 @@ def engine():
     # Few pages for the rows that there are: somebody is preempted all the time.
     limits = dataclasses.replace(LIMITS, pages=36, waiting=200, retries=2)
     engine = AsyncEngine(model, limits=limits, buckets=(1, 4))
-    engine._loop.device = FailingDevice(engine._loop.device, Random(3))
+    failing: Any = FailingDevice(engine._loop.device, Random(3))
+    engine._loop.device = failing
     engine.warm_up()
     yield engine
     engine.close()

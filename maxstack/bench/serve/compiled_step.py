@@ -54,7 +54,7 @@ def compiled_step(config: TransformerConfig, chip: str, rows: int, kv: Any) -> S
 def _count(config: TransformerConfig, device: Any, rows: int, kv: Any) -> Step:
     """What the compiler says of a model as small as this."""
     import jax
-    import numpy as np
+    import jax.numpy as jnp
     from jax.sharding import Mesh, NamedSharding
 
     from maxstack.kernels.dispatch import chip_of, compiling_for
@@ -65,14 +65,14 @@ def _count(config: TransformerConfig, device: Any, rows: int, kv: Any) -> Step:
     from maxstack.serve.device import NEUTRAL
     from maxstack.serve.forms import scanned
 
-    model = jax.eval_shape(lambda: cast_products(config.build(jax.random.key(0)), np.dtype(config.dtype)))
+    model = jax.eval_shape(lambda: cast_products(config.build(jax.random.key(0)), jnp.dtype(config.dtype)))
     leaves, treedef = jax.tree.flatten(model)
     form = scanned(treedef)
     pools = jax.eval_shape(partial(init_pools, config, PAGES, PAGE, kv))
     settings = row_settings([NEUTRAL], config.vocab_size)
     state = jax.eval_shape(lambda: programs.empty_rows(rows + 1, config.vocab_size, settings))
     shapes = ((rows,), (rows, PAGES), (rows,), ())
-    steps = programs.Steps(*(jax.ShapeDtypeStruct(shape, np.int32) for shape in shapes))
+    steps = jax.eval_shape(lambda: programs.Steps(*(jnp.zeros(shape, jnp.int32) for shape in shapes)))
 
     def step(leaves, pools, state, steps):
         said, written = programs.decode_read(form, leaves, pools, state, steps)
@@ -85,7 +85,7 @@ def _count(config: TransformerConfig, device: Any, rows: int, kv: Any) -> Step:
     )
     with compiling_for(chip_of(device)):
         traced = jax.jit(step, donate_argnums=(1, 2)).trace(*given)
-        found = traced.lower(lowering_platforms=("tpu",)).compile().cost_analysis()
+        found = traced.lower(lowering_platforms=("tpu",)).compile().cost_analysis() or {}
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     return Step(found["flops"], weights)
 
