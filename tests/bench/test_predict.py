@@ -54,12 +54,9 @@ def test_what_cannot_be_predicted_is_refused(words):
 
 def test_a_compiled_step_is_split_into_cache_and_the_rest():
     plain = formula(SMALL, "v6e")
-    cached = 4 * PAGES * 128
-    step = Step(
-        1e6 + cached * plain.kv_bytes_a_token, 4 * 5e6 + cached * plain.attention_flops_a_pair, 900_000
-    )
+    step = Step(4 * 5e6 + 4 * PAGES * 128 * plain.attention_flops_a_pair, 900_000)
     cost = cost_of(step, plain, CHIPS["v6e"], 4, of_bandwidth=0.5, of_products=0.25)
-    assert cost.weight_bytes == pytest.approx(1e6)
+    assert cost.weight_bytes == 900_000
     assert cost.flops_a_token == pytest.approx(5e6)
     assert cost.bytes_a_second == CHIPS["v6e"].bytes_a_second / 2
 
@@ -70,7 +67,5 @@ def test_a_compiled_step_is_split_into_cache_and_the_rest():
 def test_the_compiler_counts_what_the_sizes_say():
     step, plain = compiled_step(SMALL, "v6e", 8, "bfloat16"), formula(SMALL, "v6e")
     cost = cost_of(step, plain, CHIPS["v6e"], 8, of_bandwidth=1.0, of_products=1.0)
-    assert step.weight_bytes == pytest.approx(plain.weight_bytes, rel=0.1)
-    # Besides the weights: logits, sampling, a few activations. Never less than the weights, never several times.
-    assert plain.weight_bytes < cost.weight_bytes < 2.5 * plain.weight_bytes
-    assert cost.flops_a_token == pytest.approx(plain.flops_a_token, rel=0.3)
+    assert step.weight_bytes == pytest.approx(plain.weight_bytes, rel=0.01)
+    assert cost.flops_a_token == pytest.approx(plain.flops_a_token, rel=0.1)  # norms, rotation, sampling

@@ -12,7 +12,9 @@ import os
 import time
 from collections import Counter
 from random import Random
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import psutil
 import pytest
@@ -39,7 +41,7 @@ GROWN_BYTES, GROWN_OBJECTS = 48e6, 0.03
 
 
 class FailingDevice:
-    """A device of which some calls fail, before the work or after it."""
+    """A device of which some calls fail, before the work or after it, and take the donated cache along."""
 
     def __init__(self, device, random: Random):
         self._device, self._random = device, random
@@ -51,6 +53,8 @@ class FailingDevice:
     def _perhaps_fail(self) -> None:
         if self.failing and self._random.random() < 1 / EVERY:
             self.failed += 1
+            for array in jax.tree.leaves((self._device._pools, self._device._state)):
+                array.delete()
             raise self._random.choice(FAULTS)
 
     def launch(self, plan):
@@ -73,7 +77,8 @@ def engine():
     # Few pages for the rows that there are: somebody is preempted all the time.
     limits = dataclasses.replace(LIMITS, pages=36, waiting=200, retries=2)
     engine = AsyncEngine(model, limits=limits, buckets=(1, 4))
-    engine._loop.device = FailingDevice(engine._loop.device, Random(3))
+    failing: Any = FailingDevice(engine._loop.device, Random(3))
+    engine._loop.device = failing
     engine.warm_up()
     yield engine
     engine.close()

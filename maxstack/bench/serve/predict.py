@@ -37,9 +37,9 @@ def predict(model: str, chip: str, load: Load, target_s: dict[str, float]) -> Re
             step, cost, CHIPS[chip], limits.rows, of_bandwidth=OF_BANDWIDTH, of_products=OF_PRODUCTS
         )
         log.info(
-            "without the cache, a step reads and writes %.3f GB by the compiler's count; the weights are %.3f GB",
-            cost.weight_bytes / 1e9,
-            step.weight_bytes / 1e9,
+            "by the compiler's count a token takes %.2f GFLOP besides attention; the model's sizes say %.2f",
+            cost.flops_a_token / 1e9,
+            formula(config, chip).flops_a_token / 1e9,
         )
     else:
         log.info("no compiler tells the cost of a step on %s: it is computed from the model's sizes", chip)

@@ -26,6 +26,8 @@ class Scripted:
         """By question; others are answered with what was asked."""
         self.thoughts = ""
         self.gap_s = 0.0
+        self.at_a_time = 1
+        """Words that come in one event."""
         self.key: str | None = None
         self.fails: tuple[int, str] | None = None
         self.left = 0
@@ -72,11 +74,14 @@ class Scripted:
             yield event({"role": "assistant", "content": ""})
             for word in pieces(self.thoughts):
                 yield event({"reasoning_content": word}, [])
-            for i, word in enumerate(pieces(answer)):
+            words = pieces(answer)
+            for i in range(0, len(words), self.at_a_time):
                 await asyncio.sleep(self.gap_s)
-                yield event({"content": word}, [logprobs(word, i)] if asked.get("logprobs") else None)
+                some = words[i : i + self.at_a_time]
+                tokens = [logprobs(word, i + j) for j, word in enumerate(some)]
+                yield event({"content": "".join(some)}, tokens if asked.get("logprobs") else None)
             yield event({}, None, "stop")
-            used = {"prompt_tokens": 9, "completion_tokens": len(pieces(answer))}
+            used = {"prompt_tokens": 9, "completion_tokens": len(words)}
             yield b"data: " + json.dumps({"choices": [], "usage": used}).encode() + b"\n\ndata: [DONE]\n\n"
         except asyncio.CancelledError:
             self.left += 1

@@ -151,8 +151,15 @@ def test_conversations_go_out_and_come_in_again(page, script):
     page.until("document.querySelector('#notice').innerText.includes('was not imported')")
 
 
-def test_probabilities_show_on_hover_and_by_the_arrow_keys(page, script):
+@pytest.mark.parametrize("at_a_time", [1, 3])
+def test_probabilities_show_on_hover_and_by_the_arrow_keys(page, script, at_a_time):
+    script.at_a_time = at_a_time
     ask(page, "Hi")
+    assert page.run("[...document.querySelectorAll('.token')].map((e) => e.textContent)") == [
+        "You",
+        " said:",
+        " Hi",
+    ]
     page.hover(".token[data-i='1']")
     page.until("!document.querySelector('#tip').hidden")
     assert page.run("[...document.querySelectorAll('#tip td')].map((e) => e.innerText).filter(Boolean)") == [
