@@ -22,6 +22,7 @@ OPEN = frozenset({"/health", "/ready"})
 """The paths that need no key."""
 VERSIONS = frozenset({"1.0", "1.1", "2", "3"})
 MANAGED = "/manage/"
+LOOPBACK = re.compile(r"127(\.\d{1,3}){3}")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|([\[{])|([\]}])', re.DOTALL)
 
@@ -77,9 +78,24 @@ class Gate:
             raise ApiError(
                 431, f"the headers have {size} bytes; at most {self._settings.header_bytes} are read"
             )
+        host = headers.get("host", "")
+        if self._settings.local_names_only and not is_local(host):
+            raise ApiError(
+                403, f"the request was sent to {host[:100]!r}, and without an API key this server answers to localhost "
+                "and 127.0.0.1 only: ask there, or start it with --api-key-file or --allow-no-key",
+                code="host_not_allowed",
+            )  # fmt: skip
         asked = headers.get("x-request-id")
         if asked is not None and not REQUEST_ID.fullmatch(asked):
             raise refused("x-request-id must be 1 to 128 letters, digits and . _ : -", "x-request-id")
+
+
+def is_local(host: str) -> bool:
+    """Whether a Host header names this machine to itself."""
+    name = re.sub(r":\d+\Z", "", host.strip().lower())
+    return (
+        name in ("localhost", "[::1]") or name.endswith(".localhost") or LOOPBACK.fullmatch(name) is not None
+    )
 
 
 def seen_of(scope: Scope, headers: Headers) -> Seen:

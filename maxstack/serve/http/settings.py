@@ -22,6 +22,9 @@ class Settings:
     parser: str | None = None
     """How the model spells tool calls and reasoning; by default what its chat template says."""
     log_prompts: bool = False
+    local_names_only: bool = False
+    """Refuse requests that were sent to another name than this machine's own: a page elsewhere may let its own name
+    point here (DNS rebinding), and a browser would then let it ask."""
 
     body_bytes: int = 2_000_000
     """Of a request's body."""

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import logging
 import threading
+import urllib.request
 
 import pytest
 
 from maxstack.serve.errors import EngineDead
+from maxstack.serve.http.gate import is_local
 from maxstack.serve.request import Full
 from tests.serve.http import raw
 from tests.serve.http.serving import LETTERS, SETTINGS, served, settle
@@ -260,3 +262,23 @@ def test_a_template_keeps_the_variables_that_are_not_its_own(url):
         body = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {name: True}}
         answer = raw.post(url, body, path="/v1/chat/completions")
         assert (answer.status, answer.error["param"]) == (400, "chat_template_kwargs")
+
+
+def test_a_page_elsewhere_whose_name_points_here_is_not_answered(engine):
+    """Its browser sends that name, and would let it read the answer as its own."""
+    with served(engine, dataclasses.replace(SETTINGS, local_names_only=True)) as url:
+        refused = raw.post(url, GOOD)  # to a host called "here"
+        assert (refused.status, refused.error["code"]) == (403, "host_not_allowed")
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=20) as answer:
+            assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("localhost:8000", True), ("127.0.0.1", True), ("[::1]:80", True), ("a.localhost", True), ("", False),
+        ("127.0.0.1.example.org", False), ("localhost.example.org:8000", False), ("10.0.0.1:8000", False),
+    ],
+)  # fmt: skip
+def test_names_of_this_machine(host, local):
+    assert is_local(host) == local
