@@ -167,6 +167,7 @@ void merge(const Sums& into, const Sums& part, int64_t rows, int64_t size) {
 // Queries [first, first + count) of a sequence and the heads of one kv head, over its pages [from, to).
 struct Tile {
   int64_t sequence, kv, first, count, from, to;
+  int64_t position;              // of the first query
   int64_t pages, pieces, parts;  // pages of a piece, pieces, and where their results begin
 };
 
@@ -288,7 +289,7 @@ void attend_page(const Shape& s, const Pages& pages, const Tile& tile, const Des
   int64_t page = pages.table[tile.sequence * s.entries + entry], rows = tile.count * s.group;
   if (page < 0 || page >= s.pool) return;
   // Positions as they count within the page.
-  int64_t first = pages.lengths[tile.sequence] - s.queries + tile.first - entry * s.page;
+  int64_t first = tile.position - entry * s.page;
   auto begins = [&](int64_t query) { return s.window > 0 ? std::max<int64_t>(0, first + query - s.window + 1) : 0; };
   auto ends = [&](int64_t query) { return std::min(s.page, first + query + 1); };
   int64_t lo = begins(0), hi = ends(tile.count - 1);
@@ -344,16 +345,28 @@ void finish(const Shape& s, const Tile& tile, const Sums& sums, float* y, float*
   }
 }
 
+// How many queries from sequence b on are those of one sequence, one behind the other, though each came as a sequence of
+// its own: together they read a page once.
+int64_t run_of(const Shape& s, const Pages& pages, int64_t b) {
+  int64_t count = 1;
+  const int32_t* table = pages.table + b * s.entries;
+  while (s.queries == 1 && b + count < s.batch && pages.lengths[b + count] == pages.lengths[b] + count &&
+         std::equal(table, table + s.entries, table + count * s.entries))
+    ++count;
+  return s.queries == 1 ? count : s.queries;
+}
+
 // All tiles of a call, and how many pieces they are. `splits` parts of each sequence, or 0: pieces of kPieceTokens.
-std::vector<Tile> tiles_of(const Shape& s, const int32_t* lengths, int64_t splits, int64_t* pieces) {
+std::vector<Tile> tiles_of(const Shape& s, const Pages& pages, int64_t splits, int64_t* pieces) {
   std::vector<Tile> tiles;
-  int64_t each = std::max<int64_t>(1, kMostRows / s.group);
+  int64_t each = std::max<int64_t>(1, kMostRows / s.group), queries;
   *pieces = 0;
-  for (int64_t b = 0; b < s.batch; ++b)
-    for (int64_t first = 0; first < s.queries; first += each)
+  for (int64_t b = 0; b < s.batch; b += s.queries == 1 ? queries : 1) {
+    queries = run_of(s, pages, b);
+    for (int64_t first = 0; first < queries; first += each)
       for (int64_t k = 0; k < s.kv; ++k) {
-        Tile tile{b, k, first, std::min(each, s.queries - first), 0, 0, 0, 0, *pieces};
-        int64_t position = lengths[b] - s.queries + first;  // of the first query
+        Tile tile{b, k, first, std::min(each, queries - first), 0, 0, 0, 0, 0, *pieces};
+        int64_t position = tile.position = pages.lengths[b] - s.queries + first;
         int64_t end = std::min(position + tile.count, s.entries * s.page);
         tile.to = end > 0 ? (end + s.page - 1) / s.page : 0;
         if (s.window > 0) tile.from = std::min(tile.to, std::max<int64_t>(0, position - s.window + 1) / s.page);
@@ -363,21 +376,21 @@ std::vector<Tile> tiles_of(const Shape& s, const int32_t* lengths, int64_t split
         *pieces += tile.pieces;
         tiles.push_back(tile);
       }
+  }
   return tiles;
 }
 
 template <typename T>
 void attend(ffi::ThreadPool& pool, const Shape& s, const Pages& pages, const float* q, float* y, float* lse,
             int64_t splits) {
-  int64_t pieces = 0, most = 0;
-  auto tiles = std::make_shared<std::vector<Tile>>(tiles_of(s, pages.lengths, splits, &pieces));
-  for (const Tile& tile : *tiles) most = std::max(most, tile.pieces);
+  int64_t pieces = 0, most = 0, largest = 1;
+  auto tiles = std::make_shared<std::vector<Tile>>(tiles_of(s, pages, splits, &pieces));
+  for (const Tile& tile : *tiles) most = std::max(most, tile.pieces), largest = std::max(largest, tile.count);
   auto lay = [=](const Tile& tile, Desk& desk) {
     desk.lay(s, tile.count * s.group);
     lay_queries(s, tile, q, desk.queries);
   };
-  int64_t rows = std::min(s.queries, std::max<int64_t>(1, kMostRows / s.group)) * s.group;
-  int64_t floats = Sums::floats(rows, s.size);
+  int64_t floats = Sums::floats(largest * s.group, s.size);
   auto of_tile = [=](float* p, const Tile& tile) { return Sums::at(p, tile.count * s.group, s.size); };
 
   // Where there are tiles enough for all threads, one thread takes a tile's pieces one after the other.

@@ -1,12 +1,11 @@
 """What a plan will hold, while it is made, and the choice of its shapes from the closed tables."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
+from maxstack.serve.plan import Shape, places
 from maxstack.serve.sequence import Sequence
-
-Shape = tuple[int, int]
-"""Rows and tokens."""
 
 
 @dataclass
@@ -26,11 +25,9 @@ def best_shape(shapes: tuple[Shape, ...], wanted: list[int], budget: int, fixed:
     """
     best, best_rate = None, -1.0
     for shape in shapes:
-        rows, tokens = shape
-        if rows * tokens > budget:
+        if places(shape) > budget:
             continue
-        useful = sum(min(tokens, count) for count in wanted[:rows])
-        rate = useful / (rows * tokens + fixed)
+        rate = sum(dealt(shape, wanted)) / (places(shape) + fixed)
         if rate > best_rate:
             best, best_rate = shape, rate
     if best is None:
@@ -38,10 +35,23 @@ def best_shape(shapes: tuple[Shape, ...], wanted: list[int], budget: int, fixed:
     return best
 
 
+def dealt(shape: Shape, wanted: Iterable[int]) -> Iterator[int]:
+    """The tokens that a chunk of this shape has for each sequence, the first in order first, of those it `wanted`."""
+    left = places(shape)
+    for count in islice(wanted, shape[0]):
+        own = min(count, shape[1], left)
+        left -= own
+        yield own
+
+
 def fitting_shape(shapes: tuple[Shape, ...], counts: list[int]) -> Shape:
     """The smallest shape that holds chunks of so many tokens."""
-    fits = [shape for shape in shapes if shape[0] >= len(counts) and shape[1] >= max(counts)]
-    return min(fits, key=lambda shape: (shape[0] * shape[1], shape))
+    fits = [
+        shape
+        for shape in shapes
+        if shape[0] >= len(counts) and shape[1] >= max(counts) and places(shape) >= sum(counts)
+    ]
+    return min(fits, key=lambda shape: (places(shape), shape))
 
 
 def steps_for(steps: tuple[int, ...], longest: int) -> Iterator[int]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from maxstack.serve.plan import Plan
+from maxstack.serve.plan import Plan, places
 
 
 class Chip(NamedTuple):
@@ -50,7 +50,7 @@ class Cost:
             lengths = [decode.length + step for decode in plan.decodes if step < decode.count]
             tokens, keys, pairs = len(plan.decodes), sum(lengths), sum(lengths)
             if step == 0 and plan.chunk_shape is not None:
-                tokens += plan.chunk_shape[0] * plan.chunk_shape[1]
+                tokens += places(plan.chunk_shape)
                 keys += sum(chunk.end for chunk in plan.chunks)
                 pairs += sum(chunk.count * (chunk.start + chunk.end) // 2 for chunk in plan.chunks)
             read = self.weight_bytes + keys * self.kv_bytes_a_token

@@ -24,7 +24,7 @@ from maxstack.serve import drafts, programs, rooms, speculation
 from maxstack.serve.compiled import Compiled, shape_of
 from maxstack.serve.constrain.matching import Matching
 from maxstack.serve.drafter import Drafter
-from maxstack.serve.plan import Chunk, Limits, Plan, Start
+from maxstack.serve.plan import Chunk, Limits, Plan, Shape, Start
 from maxstack.serve.programs import (
     Form,
     Prompts,
@@ -134,6 +134,11 @@ class Device:
                 self._add_pair(("guess", bucket), read, keep, held, steps)
                 if self._drafter is not None:
                     self._drafter.add_guess(table, bucket, self._state, steps)
+        if self._form.keep is not None and any(len(shape) == 3 for shape in self.limits.chunks):
+            raise ValueError(
+                f"limits: chunks {self.limits.chunks} side by side need pools that are written in place; without the "
+                "C++ part give pairs (rows, tokens)"
+            )
         for shape in self.limits.chunks:
             nobody = self._prompts((), shape)
             self._add_pair(("chunk", *shape), programs.prompts_read, programs.prompts_keep, held, nobody)
@@ -302,9 +307,9 @@ class Device:
     def _adapters_of(self, rows: Any) -> Any:
         return None if self._adapters is None else self._adapters[rows]
 
-    def _prompts(self, chunks: Sequence[Chunk], shape: tuple[int, int]) -> Prompts:
+    def _prompts(self, chunks: Sequence[Chunk], shape: Shape) -> Prompts:
         """Chunks as arrays of a shape, filled up with nobody's."""
-        b, t = shape
+        b, t = shape[:2]
         rows = arrays.full(b, self.limits.rows, np.int32)
         last, bound, pooled = (arrays.zeros(b, bool) for _ in range(3))
         lengths, counts, documents, left = (arrays.zeros(b, np.int32) for _ in range(4))
@@ -328,7 +333,21 @@ class Device:
             documents.tolist(),
         )
         chunk = Tokens(tokens, self._table[rows], lengths, counts, documents, self._adapters_of(rows))
-        return Prompts(rows, chunk, last, left, settings, bound, following, pooled)
+        return Prompts(rows, chunk, last, left, settings, bound, following, pooled, packed(shape, chunks))
+
+
+def packed(shape: Shape, chunks: Sequence[Chunk]) -> Any:
+    """Where the chunks' tokens stand in a grid of this shape, one behind the other; its size for places of nobody. None
+    for a shape that is computed as a grid."""
+    if len(shape) == 2:
+        return None
+    rows, tokens, count = shape
+    found = arrays.full(count, rows * tokens, np.int32)
+    at = 0
+    for i, chunk in enumerate(chunks):
+        found[at : at + chunk.count] = np.arange(i * tokens, i * tokens + chunk.count)
+        at += chunk.count
+    return found
 
 
 def _hurry(said: Told) -> None:

@@ -24,7 +24,7 @@ from maxstack.models.transformer import Transformer, TransformerConfig
 from maxstack.serve.compiled import Compiled
 from maxstack.serve.drafts import Drafting
 from maxstack.serve.forms import form_for
-from maxstack.serve.plan import Limits
+from maxstack.serve.plan import Limits, Shape
 from maxstack.serve.programs import Form, RowState, Steps
 from maxstack.sharding import mesh_of
 
@@ -63,7 +63,7 @@ class Drafter:
         self._pools = None  # its memory first
         self._pools = self._empty()
 
-    def add_chunk(self, table: Compiled, shape: tuple[int, int], chunk: Chunk) -> None:
+    def add_chunk(self, table: Compiled, shape: Shape, chunk: Chunk) -> None:
         """Want the program that reads chunks of a shape."""
         key, read = ("draft chunk", *shape), partial(read_on, self._form)
         arguments = self.weights, self._pools, chunk._replace(adapters_b=None)
@@ -88,7 +88,7 @@ class Drafter:
             donate=(0,),
         )  # fmt: skip
 
-    def read(self, table: Compiled, shape: tuple[int, int], chunk: Chunk) -> None:
+    def read(self, table: Compiled, shape: Shape, chunk: Chunk) -> None:
         """Read a chunk, as the large model does."""
         chunk, key = chunk._replace(adapters_b=None), ("draft chunk", *shape)
         if self._form.keep is None:

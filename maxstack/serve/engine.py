@@ -34,7 +34,7 @@ from maxstack.serve.pace import Pace
 from maxstack.serve.plan import Limits
 from maxstack.serve.request import Request
 from maxstack.serve.scheduler import Scheduler
-from maxstack.serve.sizes import default_limits
+from maxstack.serve.sizes import limits_for
 from maxstack.serve.stream import Stream
 from maxstack.sharding import mesh_of
 
@@ -71,7 +71,7 @@ class AsyncEngine:
         or by the small model `draft`."""
         self.config, self.tokenizer = model.config, tokenizer
         kv_dtype = model.config.dtype if kv_dtype is None else kv_dtype
-        self.limits = default_limits(model.config, kv_dtype) if limits is None else limits
+        self.limits = limits_for(model, kv_dtype, on, draft) if limits is None else limits
         self.on = on
         form, weights = form_for(model, on, adapters)
         drafter = (

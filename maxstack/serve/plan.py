@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 from maxstack.serve.request import Request
 
+Shape = tuple[int, int] | tuple[int, int, int]
+"""Rows, tokens of each, and perhaps tokens of all."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -20,8 +23,9 @@ class Limits:
     """Tokens of prompt and answer together. Tables have `table_width` entries a row."""
     tokens_a_step: int
     """Bound of a step's work: one token a decoding row (and its drafts), and the chunks with their padding."""
-    chunks: tuple[tuple[int, int], ...] = ((1, 32), (1, 128), (1, 512), (4, 128), (8, 32))
-    """Shapes (rows, tokens) in which prompts are read, each compiled once."""
+    chunks: tuple[Shape, ...] = ((1, 32), (1, 128), (1, 512), (4, 128), (8, 32))
+    """Shapes in which prompts are read, each compiled once: (rows, tokens of each), or (rows, tokens of each, tokens of
+    all), which are computed side by side without padding: a form for CPUs."""
     steps: tuple[int, ...] = (1, 4)
     """Numbers of decode steps that a plan without chunks may have. A plan with chunks has one."""
     drafts: int = 0
@@ -50,10 +54,13 @@ class Limits:
             )
         if sorted(set(self.steps)) != list(self.steps) or self.steps[:1] != (1,):
             raise ValueError(f"limits: steps {self.steps} must rise and begin with 1")
-        if not self.chunks or any(rows < 1 or tokens < 1 for rows, tokens in self.chunks):
-            raise ValueError(f"limits: chunks {self.chunks} must be pairs (rows, tokens) of 1 or more")
+        if not self.chunks or any(min(shape) < 1 or len(shape) not in (2, 3) for shape in self.chunks):
+            raise ValueError(
+                f"limits: chunks {self.chunks} must be pairs (rows, tokens) or triples (rows, tokens, tokens of all), "
+                "of 1 or more"
+            )
         decodes = self.rows * (1 + self.drafts)
-        smallest = min(rows * tokens for rows, tokens in self.chunks)
+        smallest = min(map(places, self.chunks))
         if decodes + smallest > self.tokens_a_step:
             raise ValueError(
                 f"limits: {self.rows} rows of {1 + self.drafts} tokens and the smallest chunk, {smallest} tokens, are "
@@ -64,6 +71,11 @@ class Limits:
     def table_width(self) -> int:
         """Pages of the longest sequence."""
         return -(-self.max_length // self.page)
+
+
+def places(shape: Shape) -> int:
+    """Tokens that a chunk of this shape computes, padding included."""
+    return shape[2] if len(shape) == 3 else shape[0] * shape[1]
 
 
 class Start(NamedTuple):
@@ -131,7 +143,7 @@ class Plan:
     starts: tuple[Start, ...]
     tables: tuple[Table, ...]
     chunks: tuple[Chunk, ...]
-    chunk_shape: tuple[int, int] | None
+    chunk_shape: Shape | None
     """The one of `Limits.chunks` that they are padded to; None without chunks."""
     decodes: tuple[Decode, ...]
     steps: int

@@ -11,7 +11,7 @@ from operator import attrgetter
 
 from maxstack.serve.batch import Batch, best_shape, fitting_shape, steps_for
 from maxstack.serve.books import ORDER, Books, Entry
-from maxstack.serve.plan import Chunk, Decode, Plan, Start, Table
+from maxstack.serve.plan import Chunk, Decode, Plan, Start, Table, places
 from maxstack.serve.prefix import Node
 from maxstack.serve.sequence import Sequence
 
@@ -68,7 +68,7 @@ class Planning(Books):
 
         One that would read the same page as an earlier request is just reading is passed over: soon it may share it.
         """
-        most_rows = max(rows for rows, _ in self.limits.chunks)
+        most_rows = max(shape[0] for shape in self.limits.chunks)
         budget = self._budget(batch)
         wanted = [sequence.target - sequence.computed for sequence in self._running if sequence.reading]
         i = 0
@@ -171,14 +171,16 @@ class Planning(Books):
         budget = self._budget(batch)
         fixed = self.limits.step_tokens + self.limits.tokens_a_step - budget
         shape = best_shape(self.limits.chunks, [s.target - s.computed for s in readers], budget, fixed)
+        left = places(shape)
         for sequence in readers[: shape[0]]:
             if sequence.row is None:
                 continue  # an earlier one took its pages
-            end = min(sequence.target, sequence.computed + shape[1])
+            end = min(sequence.target, sequence.computed + min(shape[1], left))
             self._grow(sequence, end, batch)
             count = min(end, len(sequence.pages) * self.limits.page) - sequence.computed
             if count > 0:
                 batch.chunks[sequence] = count
+                left -= count
 
     def _budget(self, batch: Batch) -> int:
         """Tokens that are left for chunks."""
@@ -220,7 +222,7 @@ class Planning(Books):
         read = sum(chunk.count for chunk in chunks)
         self._counters.plans += 1
         self._counters.prompt_tokens += read
-        self._counters.chunk_padding_tokens += shape[0] * shape[1] - read if shape else 0
+        self._counters.chunk_padding_tokens += places(shape) - read if shape else 0
         self._counters.iteration_tokens_total.observe(read + sum(decode.count for decode in decodes))
         self._counters.weight_reads += bool(chunks) + (steps if decodes else 0)
         self._counters.kv_tokens_read += steps * sum(decode.length for decode in decodes)

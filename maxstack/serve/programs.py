@@ -75,6 +75,8 @@ class Prompts(NamedTuple):
     """The token after each of the chunk's, for the prompt's log-probabilities; -1 where nobody asks."""
     pooled_b: Bool[Array, "b"]
     """Whose hidden states are wanted, for an embedding."""
+    packed_c: Int[Array, "c"] | None = None
+    """Places of the grid [b, t] that are computed, one behind the other; its size for none. None: all of them."""
 
 
 class Told(NamedTuple):
@@ -180,7 +182,16 @@ def prompts_read(
     """A token of each row whose prompt ends here, the log-probabilities and hidden states that were asked for, what is
     to be written."""
     chunk = prompts.chunk
-    x_btd, written = form.advance(weights, pools, chunk)
+    if prompts.packed_c is None:
+        x_btd, written = form.advance(weights, pools, chunk)
+        read = prompt_logprobs(form, weights, x_btd, prompts.following_bt)
+    else:
+        x_c1d, written = form.advance(weights, pools, side_by_side(chunk, prompts.packed_c))
+        x_btd = unpacked(x_c1d[:, 0], prompts.packed_c, chunk.tokens_bt.shape)
+        # Nobody's places have nobody's token behind them.
+        following_c = jnp.append(prompts.following_bt.reshape(-1), -1)[prompts.packed_c]
+        found = prompt_logprobs(form, weights, x_c1d[None, :, 0], following_c[None])
+        read = Read(*(unpacked(leaf[0], prompts.packed_c, chunk.tokens_bt.shape) for leaf in found))
     at_b = jnp.maximum(chunk.counts_b - 1, 0)
     last_b1d = jnp.take_along_axis(x_btd, at_b[:, None, None], axis=1)
     logits_bv = form.logits(weights, last_b1d)[:, 0]
@@ -190,7 +201,6 @@ def prompts_read(
         logits_bv, prompts.settings, state.seen, positions_b, prompts.rows_b, allowed, form.by_row
     )
     said = told(logits_bv, chosen, prompts.last_b, jnp.asarray(prompts.settings.ends))
-    read = prompt_logprobs(form, weights, x_btd, prompts.following_bt)
     return (said, read, pool(form, weights, x_btd, chunk.counts_b, prompts.pooled_b)), written
 
 
@@ -213,6 +223,28 @@ def prompts_keep(
         drafting=noted_one(state.drafting, rows, chunk.lengths_b + chunk.counts_b, first),
     )
     return (written if form.keep is None else form.keep(pools, written, chunk)), state
+
+
+def side_by_side(chunk: Chunk, packed_c: Int[Array, "c"]) -> Chunk:
+    """A chunk's tokens, each as a row of its own: those of a sequence see each other through its pages, as all of them
+    are written first. So this is for forms that write in place."""
+    b, t = chunk.tokens_bt.shape
+    real_c, row_c = packed_c < b * t, jnp.minimum(packed_c // t, b - 1)
+    lengths_c = chunk.lengths_b[row_c] + packed_c % t
+    return Chunk(
+        tokens_bt=jnp.append(chunk.tokens_bt.reshape(-1), 0)[packed_c][:, None],
+        table_bp=jnp.where(real_c[:, None], chunk.table_bp[row_c], -1),
+        lengths_b=jnp.where(real_c, lengths_c, 0),
+        counts_b=real_c.astype(jnp.int32),
+        documents_b=chunk.documents_b[row_c],
+        adapters_b=None if chunk.adapters_b is None else chunk.adapters_b[row_c],
+    )
+
+
+def unpacked(x_c: Array, packed_c: Int[Array, "c"], grid: tuple[int, ...]) -> Array:
+    """What was computed side by side, in its places of the grid [b, t]; zeros in the others."""
+    empty = jnp.zeros((grid[0] * grid[1], *x_c.shape[1:]), x_c.dtype)
+    return empty.at[packed_c].set(x_c, mode="drop").reshape(*grid, *x_c.shape[1:])
 
 
 def told(

@@ -102,7 +102,8 @@ def limits_of(what: Start, config: TransformerConfig, kv: Any) -> Limits:
     """The sizes that fit, with those that were asked for. Raises UserError for what cannot be."""
     if what.max_length is not None and what.max_length > config.max_length:
         raise UserError(f"--max-length {what.max_length} is more than the model's {config.max_length} tokens")
-    limits = default_limits(config, kv, rows=what.rows, max_length=what.max_length)
+    grid = what.tensor > 1 or what.draft_model is not None
+    limits = default_limits(config, kv, rows=what.rows, max_length=what.max_length, grid=grid)
     limits = dataclasses.replace(
         limits, pages=what.pages or limits.pages, waiting=what.waiting or limits.waiting, drafts=what.drafts,
         tokens_a_step=limits.tokens_a_step + limits.rows * what.drafts,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from maxstack.serve.plan import Limits, Plan
+from maxstack.serve.plan import Limits, Plan, places
 from maxstack.serve.request import Event, Full, Request
 from maxstack.serve.scheduler import Scheduler
 from maxstack.serve.sequence import Sequence
@@ -20,6 +20,7 @@ TIGHT = Limits(
 )  # fmt: skip
 LIMITS = [
     TIGHT,
+    replace(TIGHT, chunks=((2, 4, 4), (3, 12, 12))),
     replace(TIGHT, rows=4, page=2, pages=18, drafts=2, tokens_a_step=16, chunks=((1, 3), (2, 4))),
     replace(TIGHT, rows=2, pages=8, ahead=1, steps=(1,), prefix_cache=False),
     replace(TIGHT, rows=6, pages=60, ahead=3, steps=(1, 2, 5), tokens_a_step=40, waiting=20),
@@ -190,7 +191,8 @@ class Serving(RuleBasedStateMachine):
             assert plan.chunk_shape in limits.chunks
             assert len(plan.chunks) <= plan.chunk_shape[0]
             assert all(1 <= chunk.count <= plan.chunk_shape[1] for chunk in plan.chunks)
-            area = plan.chunk_shape[0] * plan.chunk_shape[1]
+            area = places(plan.chunk_shape)
+            assert sum(chunk.count for chunk in plan.chunks) <= area
         else:
             assert plan.chunk_shape is None
         assert area + len(plan.decodes) * (1 + limits.drafts) <= limits.tokens_a_step
