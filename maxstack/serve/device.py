@@ -357,5 +357,6 @@ def _hurry(said: Told) -> None:
 
 
 def buckets_up_to(rows: int) -> tuple[int, ...]:
-    """Numbers of rows that decode programs are compiled for: powers of two, and all of them."""
-    return (*(1 << i for i in range((rows - 1).bit_length())), rows)
+    """Numbers of rows that decode programs are compiled for: powers of two, and all of them. Not two: while weights are
+    what takes time, two rows cost what four do."""
+    return (*(1 << i for i in range((rows - 1).bit_length()) if i != 1), rows)

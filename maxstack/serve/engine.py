@@ -66,7 +66,7 @@ class AsyncEngine:
         """`limits` are by default what fits this machine; `kv_dtype` is the type of the cache's numbers, by default
         the model's compute type. `end_ids` end an answer (by default the tokenizer's `stop_ids`). `on` is the platform
         whose form of the programs is used: that at hand, unless told otherwise. `buckets` are the numbers of rows that
-        decode steps are compiled for, by default the powers of two and all rows. `adapters` is the room for adapters:
+        decode steps are compiled for, by default powers of two and all rows. `adapters` is the room for adapters:
         none by default, and then they cost nothing. With `limits.drafts` tokens are guessed, from what a row has said,
         or by the small model `draft`."""
         self.config, self.tokenizer = model.config, tokenizer

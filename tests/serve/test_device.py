@@ -40,10 +40,13 @@ def device(model):
     return device_of(model)
 
 
-def test_prompts_that_come_at_any_time_in_any_company_get_the_tokens_of_full_forward_passes(model, device):
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_prompts_that_come_at_any_time_in_any_company_get_the_tokens_of_full_forward_passes(
+    model, device, count
+):
     # Few pages: rows are preempted. Every third prompt begins like one before; every fifth is cancelled on the way.
     run, rng = Driven(device, pages=14), np.random.default_rng(0)
-    rows = prompts(*rng.integers(1, 24, 40), seed=1)
+    rows = prompts(*rng.integers(1, 24, count), seed=1)
     rows = [rows[i - 3][:12] + row if i % 3 == 0 and i else row for i, row in enumerate(rows)]
     asked, cancelled = [], []
 
@@ -59,7 +62,7 @@ def test_prompts_that_come_at_any_time_in_any_company_get_the_tokens_of_full_for
 
     run.run(between)
     ended = [answer for answer in asked if answer.output.finish_reason != "cancelled"]
-    assert len(ended) >= 32
+    assert len(ended) >= count * 4 // 5
     for answer in ended:
         assert answer.output.finish_reason == "length"
         check_greedy(model, answer)

@@ -1,7 +1,9 @@
 """Weights as decoding reads them: in the compute type, and on a CPU unstacked and laid out by output."""
 
 import math
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -99,15 +101,23 @@ def cast_products(module: Any, dtype: jnp.dtype, replace: Replacements | None = 
 
 def unstack(model: Transformer) -> Unstacked:
     """The model's layers one by one, their products' weights laid out by output."""
-    dtype, blocks = jnp.dtype(model.config.dtype), []
+    dtype = jnp.dtype(model.config.dtype)
     replace = for_rows(dtype)
-    for config, stack in zip(model.config.stacks, model.stacks, strict=True):
-        for repeat in range(config.repeats):
-            for layer in cast(Any, stack).layers:
-                # By way of numpy, which takes a layer from a stack without compiling anything.
-                one = jax.tree.map(lambda leaf, i=repeat: np.asarray(leaf)[i], layer)
-                by_output = cast_products(one, dtype, replace)
-                blocks.append(jax.tree.map(jnp.asarray, by_output))
+
+    def one(which: tuple[Any, int]) -> Any:
+        layer, repeat = which
+        # By way of numpy, which takes a layer from a stack without compiling anything, and lays it out in any thread.
+        own = jax.tree.map(lambda leaf: np.asarray(leaf)[repeat], layer)
+        return jax.tree.map(jnp.asarray, cast_products(own, dtype, replace))
+
+    layers = [
+        (layer, repeat)
+        for config, stack in zip(model.config.stacks, model.stacks, strict=True)
+        for repeat in range(config.repeats)
+        for layer in cast(Any, stack).layers
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        blocks = list(pool.map(one, layers))
     outer = with_parts(model, lambda part: part)
     head, outer.stacks, outer.head = outer.head, nnx.List([]), None
     outer = cast_products(outer, dtype, replace)
