@@ -46,6 +46,8 @@ def serve(command: list[str], model: Path, prompt: str, asked: Callable[[], None
         if sys.stdin.isatty():
             print("Ctrl-C ends it", flush=True)
             process.wait()
+        else:
+            print("nobody is at a terminal: it ends now, and the same command starts it again", flush=True)
     except KeyboardInterrupt:
         pass
     finally:
