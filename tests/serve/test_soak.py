@@ -55,7 +55,8 @@ class FailingDevice:
             self.failed += 1
             for array in jax.tree.leaves((self._device._pools, self._device._state)):
                 array.delete()
-            raise self._random.choice(FAULTS)
+            fault = self._random.choice(FAULTS)
+            raise type(fault)(*fault.args)  # anew: one that is raised again and again keeps every traceback
 
     def launch(self, plan):
         self._perhaps_fail()
