@@ -185,8 +185,12 @@ def main() -> None:
     parser.add_argument("--torch-python", default=sys.executable, help="interpreter that has torch")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["30m"])
     parser.add_argument("--dtypes", nargs="+", choices=("bf16", "f32"), default=["bf16", "f32"])
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["maxstack", "eager", "compile"])
-    parser.add_argument("--before", default="", help="another checkout of this repository, for that contender")
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, default=["maxstack", "eager", "compile"]
+    )
+    parser.add_argument(
+        "--before", default="", help="another checkout of this repository, for that contender"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2, help="steps before the first timed one")
     parser.add_argument(

@@ -10,7 +10,9 @@ from typing import IO, Any, cast
 class Contender:
     """Started, and waited for until it says that it is ready. Raises RuntimeError when it ends before its time."""
 
-    def __init__(self, name: str, command: list[str], checkout: Path = Path(__file__).resolve().parent.parent):
+    def __init__(
+        self, name: str, command: list[str], checkout: Path = Path(__file__).resolve().parent.parent
+    ):
         environment = {
             **os.environ,
             "PYTHONPATH": str(checkout),
