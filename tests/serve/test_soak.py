@@ -71,24 +71,23 @@ class FailingDevice:
         return found
 
 
-class Counting(logging.Handler):
-    """Of what is logged only how much."""
+class Counting(logging.Filter):
+    """Lets nothing pass, and counts it."""
 
     count = 0
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def filter(self, record: logging.LogRecord) -> bool:
         self.count += 1
+        return False
 
 
 @pytest.fixture(scope="module", autouse=True)
 def logged():
     """The engine's log, kept from pytest, which keeps every record with its traceback: that would be a leak."""
-    log, handler = logging.getLogger("maxstack.serve.loop"), Counting()
-    log.addHandler(handler)
-    log.propagate = False
-    yield handler
-    log.propagate = True
-    log.removeHandler(handler)
+    log, counting = logging.getLogger("maxstack.serve.loop"), Counting()
+    log.addFilter(counting)
+    yield counting
+    log.removeFilter(counting)
 
 
 @pytest.fixture(scope="module")
