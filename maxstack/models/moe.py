@@ -272,8 +272,8 @@ def check_groups_are_whole(down: QuantizedWeight, devices: int) -> None:
     """Raise UserError where the inner width is cut over devices and a scale would be for weights of several."""
     if devices > 1 and jax.typeof(down.values).sharding.spec[-1] is None:
         raise UserError(
-            f"packed weights of experts: an inner width of {down.inputs} is not whole groups of {down.group} on each of "
-            f"{devices} devices along `tensor`: load with weights='int8', which has one group, or cut over fewer"
+            f"packed weights of experts: an inner width of {down.inputs} is not whole groups of {down.group} on each "
+            f"of {devices} devices along `tensor`: load with weights='int8', which has one group, or cut over fewer"
         )
 
 

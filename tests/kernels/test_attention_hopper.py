@@ -201,9 +201,9 @@ def mesh_gradients(dout, ids, config):
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 4])
 def test_gradients_on_a_mesh_equal_float64_formulas(rows, monkeypatch):
-    # The interpreter's state is that of all devices. Its check at the end of a kernel would find the barriers that others
-    # still use; and when a cluster of one device ends, it sets the clocks of all of them to zero, "as no code is running",
-    # whereupon a thread that is still under way on another device races with itself.
+    # The interpreter's state is that of all devices. Its check at the end of a kernel would find the barriers that
+    # others still use; and when a cluster of one device ends, it sets the clocks of all of them to zero, as if no code
+    # were running, whereupon a thread that is still under way on another device races with itself.
     monkeypatch.setattr(gpu_callbacks, "_assert_no_barriers_allocated", lambda token: token)
     monkeypatch.setattr(gpu_callbacks, "cluster_finished", lambda token: token)
     mesh, q, k, v, dout, sinks, ids = mesh_case(rows)
