@@ -267,8 +267,9 @@ def grouped_of(weights: str, rows: int, model: str) -> tuple[Callable, list, flo
             return y, *pull(dy)
 
         return both, [x, w, sizes, dy], 3 * flops, 3 * (in_and_out + 2 * experts * inputs * outputs)
+    kind: Any = weights
     one = jax.eval_shape(
-        lambda w: quantize(w, weights, storage="int4"), jax.ShapeDtypeStruct((outputs, inputs), jnp.float32)
+        lambda w: quantize(w, kind, storage="int4"), jax.ShapeDtypeStruct((outputs, inputs), jnp.float32)
     )
     w = jax.tree.map(lambda a: jax.ShapeDtypeStruct((experts, *a.shape), a.dtype), one)
     packed = experts * (inputs * outputs * one.bits / 8 + one.scale.size * one.scale.dtype.itemsize)

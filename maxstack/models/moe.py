@@ -245,8 +245,9 @@ def run_experts(
             return gather_packed(mine, w, spec)
         return sharding.gather_local(mine, jax.typeof(w).sharding.spec, spec, kind(w))
 
-    if in_few_bits(experts.down_efd):
-        check_groups_are_whole(experts.down_efd, mesh.shape["tensor"])
+    down = experts.down_efd
+    if isinstance(down, QuantizedWeight):
+        check_groups_are_whole(down, mesh.shape["tensor"])
 
     def run(x: Array, chosen: Array, weights: Array, cut: Experts) -> Array:
         gathered = jax.tree.map(gather, cut, experts, is_leaf=in_few_bits)
