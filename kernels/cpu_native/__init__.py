@@ -15,7 +15,8 @@ from maxstack.kernels.cpu_native.build import PREFIX, problem
 __all__ = [
     "MOST_ROWS", "PANEL", "available", "cached_attention", "grouped_int4_product", "grouped_int8_product",
     "int4_product", "int8_product", "paged_attention", "panel_product", "panel_product_at",
-    "problem", "rms_norm", "row_exponentials", "row_sums", "write_rows",
+    "problem", "rms_norm", "row_exponentials", "row_sums", "untouched",
+    "write_rows",
 ]  # fmt: skip
 
 MOST_ROWS = 16
@@ -148,6 +149,11 @@ def paged_attention(
         window=np.int64(window or 0), splits=np.int64(splits),
     )  # fmt: skip
     return y_btnh, lse_btn
+
+
+def untouched(shapes: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
+    """Arrays with anything in them, of memory that the system need not give before it is used."""
+    return list(jax.ffi.ffi_call(PREFIX + "untouched", list(shapes))())
 
 
 def write_rows(

@@ -1,14 +1,16 @@
 """Any model by name: a run of our own, a model folder, a GGUF file, a hub's repository, a packaged one."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
 from maxstack.config import UserError
 from maxstack.data.tokenizer import Tokenizer, load_tokenizer
 from maxstack.kernels.quantized_matmul import KINDS, Kind
+from maxstack.models.files.gguf import GGUF
 from maxstack.models.pretrained.folder import CONFIG_FILE, FILED, load_folder, read_json
 from maxstack.models.pretrained.gguf import load_gguf
 from maxstack.models.pretrained.places import place_of
@@ -50,11 +52,20 @@ def load(
         raise UserError(f"{place} is no run folder: it has neither steps nor an average of weights to choose")
     kept = FILED if as_filed and mesh is None and weights is None else None
     if file := gguf_in(place):
-        from maxstack.data.tokenizer import tokenizer_from_gguf
+        return load_gguf_file(file, dtype=dtype, mesh=mesh, kept=kept, packed=weights)
+    with ThreadPoolExecutor(1) as beside:  # weights are waited for, most of the time
+        tokenizer = beside.submit(folder_tokenizer, place)
+        model = load_folder(place, dtype=dtype, mesh=mesh, kept=kept, packed=weights)
+        return model, tokenizer.result()
 
-        model, metadata = load_gguf(file, dtype=dtype, mesh=mesh, kept=kept, packed=weights)
-        return model, tokenizer_from_gguf(metadata)
-    return load_folder(place, dtype=dtype, mesh=mesh, kept=kept, packed=weights), folder_tokenizer(place)
+
+def load_gguf_file(file: Path, **options: Any) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a GGUF file; `options` as in `load_gguf`."""
+    from maxstack.data.tokenizer import tokenizer_from_gguf
+
+    with GGUF(file) as source, ThreadPoolExecutor(1) as beside:
+        tokenizer = beside.submit(tokenizer_from_gguf, source.metadata)
+        return load_gguf(source, **options), tokenizer.result()
 
 
 def is_run(place: Path) -> bool:

@@ -1,6 +1,7 @@
 """A server's parts by the arguments of `maxstack serve`: for the verb, and for replicas that something else runs."""
 
 import argparse
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class Parts:
         """The engine, ready for its first request; takes its time, in any thread."""
         engine = start(self._start, self.operation.phases, self.operation.metrics, self._loading)
         self._loading = None
+        gc.freeze()  # what is there now stays: no request waits for it to be looked through
+        gc.enable()
         self._finishing.append(with_texts(engine.tokenizer))
         self.operation.attach(engine, slow_step_s(engine))
         return engine

@@ -29,7 +29,7 @@ class PanelStack(nnx.Module):
         short = all(each.dtype == ml_dtypes.bfloat16 for each in numbers)
         panels = new_panels(w_loi.shape, numbers[0].dtype if short else w_loi.dtype)
         list(threads.map(in_panels, numbers if short else w_loi, panels))
-        self.w = Weight(jnp.asarray(panels), axes=("whole",) * 3)
+        self.w = Weight(jax.device_put(panels), axes=("whole",) * 3)
 
 
 class OfLayer(NamedTuple):

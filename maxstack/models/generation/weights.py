@@ -200,8 +200,8 @@ def placed(module: Any, dtype: jnp.dtype) -> Any:
 
     def place(part: Any) -> Any:
         if isinstance(part, LAID_OUT):
-            return jax.tree.map(jnp.asarray, part)
-        return jnp.asarray(part.astype(dtype) if part.dtype == jnp.bfloat16 else part)
+            return jax.device_put(part)
+        return jax.device_put(part.astype(dtype) if part.dtype == jnp.bfloat16 else part)
 
     return jax.tree.map(place, module, is_leaf=lambda part: isinstance(part, LAID_OUT))
 

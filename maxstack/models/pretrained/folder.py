@@ -78,7 +78,7 @@ def load_tensors(
 ) -> Transformer:  # fmt: skip
     """A model of `config` with the tensors of `source`, on one device or sharded over `mesh`."""
     config = dataclasses.replace(config, dtype=dtype or natural_dtype(source), remat="none")
-    abstract = tree.abstract(lambda: config.build(jax.random.key(0)))
+    abstract = tree.abstract_model(config)
     table, places = family.table(config), family.entries(config)
     head = table.get("head")  # some files hold it although it is the token table
     unused = [*family.not_needed(config), *([re.escape(head)] if isinstance(head, str) else [])]
