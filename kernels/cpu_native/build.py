@@ -35,8 +35,8 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 LINK = ("-shared",)
 NAMES = (
     "cached_attention", "int8_product", "int4_product", "grouped_int8_product", "grouped_int4_product",
-    "paged_attention", "panel_product", "rms_norm", "row_exponentials",
-    "row_sums", "write_rows",
+    "paged_attention", "panel_product", "panel_product_at", "rms_norm", "row_exponentials",
+    "row_sums", "untouched", "write_rows",
 )  # fmt: skip
 PREFIX = "maxstack_"
 SECONDS = 120.0

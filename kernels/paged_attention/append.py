@@ -6,9 +6,19 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from maxstack.kernels import cpu_native, dispatch
-from maxstack.kernels.paged_attention.cache import KVCache, LatentCache, Lengths, Table, head_size, quantized
-from maxstack.kernels.paged_attention.mosaic_tpu_append import Pool, append_pages, declined
+from maxstack.kernels.dispatch import Later
+from maxstack.kernels.paged_attention.cache import (
+    KVCache,
+    LatentCache,
+    Lengths,
+    Pool,
+    Table,
+    head_size,
+    quantized,
+)
 from maxstack.kernels.sharded import varying, varying_over
+
+BY_PAGES = Later("maxstack.kernels.paged_attention.mosaic_tpu_append")
 
 
 def append_kv(
@@ -85,14 +95,14 @@ def append_latent(
 
 def _by_pages(pools: list[Pool]) -> bool:
     """Long chunks on TPUs."""
-    return dispatch.chip().platform == "tpu" and declined(pools) is None
+    return dispatch.chip().platform == "tpu" and BY_PAGES.declined(pools) is None
 
 
 def _append_pages(pools: list[Pool], page_table_bp: Table, lengths_b: Lengths, counts_b: Lengths | None):
     t = pools[0].new_btkh.shape[1]
     lengths_b = jnp.asarray(lengths_b, jnp.int32)
     counts_b = jnp.full_like(lengths_b, t) if counts_b is None else jnp.asarray(counts_b, jnp.int32)
-    return append_pages(pools, jnp.asarray(page_table_bp), lengths_b, counts_b)
+    return BY_PAGES.append_pages(pools, jnp.asarray(page_table_bp), lengths_b, counts_b)
 
 
 def _turned(pages: Array, turn: bool) -> Array:

@@ -9,7 +9,7 @@ from maxstack import sharding
 from maxstack.config import UserError
 from maxstack.kernels import cpu_native
 from maxstack.models.adapters import AdapterSlots
-from maxstack.models.generation.weights import Unstacked, cast_products, unstack
+from maxstack.models.generation.weights import Looped, Unstacked, can_loop, cast_products, looped, unstack
 from maxstack.models.paged import forward
 from maxstack.models.remat import platform
 from maxstack.models.transformer import Transformer, TransformerConfig
@@ -27,6 +27,11 @@ def form_for(
     """
     mesh = sharding.mesh_of(model)
     if (on or platform()) == "cpu" and mesh is None:
+        if writes_in_place(model.config) and can_loop(model):
+            laid_out = looped(model)
+            leaves, treedef = jax.tree.flatten(laid_out)
+            form = in_a_loop(treedef, slots is not None)
+            return form, leaves if slots is None else (leaves, rooms.beside_stacks(laid_out.model, slots))
         unstacked = unstack(model)
         leaves, treedef = jax.tree.flatten(unstacked)
         form = written_out(model.config, treedef, slots is not None, in_place=writes_in_place(model.config))
@@ -61,6 +66,28 @@ def scanned(treedef: Any, adapted: bool = False) -> Form:
         return model_of(weights).final_norm(x)
 
     return Form(advance, logits, hidden, None)
+
+
+def in_a_loop(treedef: Any, adapted: bool = False) -> Form:
+    """For CPUs with C++, where all the layers' matrices are read where they lie: as `scanned`."""
+
+    def model_of(weights: Weights) -> Looped:
+        return jax.tree.unflatten(treedef, weights[0] if adapted else weights)
+
+    def advance(weights, pools, chunk):
+        model = model_of(weights).model
+        if adapted:
+            model = rooms.into_stacks(model, weights[1], chunk.adapters_b)
+        return forward.advance(model, pools, chunk)
+
+    def logits(weights, x):
+        looped = model_of(weights)
+        return looped.logits(looped.model.final_norm(x))
+
+    def hidden(weights, x):
+        return model_of(weights).model.final_norm(x)
+
+    return Form(advance, logits, hidden, None, by_row=True)
 
 
 def written_out(config: TransformerConfig, treedef: Any, adapted: bool = False, *, in_place: bool) -> Form:
