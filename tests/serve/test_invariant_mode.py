@@ -113,6 +113,44 @@ def test_many_requests_get_the_same_bits_in_any_company(seed):
     check(device(), 40, seed=10 + seed)
 
 
+USUAL = dataclasses.replace(LIMITS, invariant=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limits", "buckets", "company"),
+    [
+        (USUAL, (1, 5), {}),
+        (dataclasses.replace(USUAL, chunks=((1, 8), (2, 16)), tokens_a_step=37), (5,), {}),
+        (USUAL, (5,), {"pages": 16, "prefix_cache": False}),
+        (USUAL, (5,), {}),
+    ],
+    ids=["few rows by themselves", "prompts in several shapes", "answers read like prompts", "answers shared"],
+)  # fmt: skip
+def test_with_one_rule_given_up_bits_differ(limits, buckets, company):
+    where = device_of(build(CONFIG), limits, buckets=buckets)
+    differ = 0
+    for seed in range(20, 24):
+        asked = asks(16, seed)
+        wanted = alone(where, asked)
+        if company or buckets != (5,) or limits is not USUAL:
+            given, _ = in_company(where, asked, **company)
+        else:
+            # Each with its answer and a little more, once the answer's pages are named.
+            follow = [
+                ([*row, *tokens, 1, 2][:40], own)
+                for (row, own), (tokens, _) in zip(asked, wanted, strict=True)
+            ]
+            wanted = alone(where, follow)
+            run = Driven(where)
+            run.together([row for row, _ in asked], [own for _, own in asked])
+            given = [
+                told(one) for one in run.together([row for row, _ in follow], [own for _, own in follow])
+            ]
+        differ += given != wanted
+    assert differ
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["", "window", "latent", "mixture", "clamped mixture"])
 def test_every_kind_of_layer_gets_the_same_bits_in_any_company(name):

@@ -217,6 +217,14 @@ def _hits_of_less_than_a_chunk(patch):
             _released_while_written,
             examples.test_pages_of_a_cancelled_request_are_its_own_until_the_plan_is_done,
         ),
+        (
+            _without_invariance("_read"),
+            examples.test_in_invariant_mode_a_prompt_waits_for_pages_rather_than_having_a_chunk_cut,
+        ),
+        (
+            _without_invariance("_place"),
+            examples.test_in_invariant_mode_an_answer_is_said_again_and_told_once,
+        ),
     ],
 )
 def test_an_example_finds_a_planted_bug(bug, example, monkeypatch):
@@ -242,10 +250,9 @@ def test_a_planted_bug_is_found(bug, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "bug",
-    # Answers are read again like prompts; or their pages are shared; or chunks are cut; or hits cut them.
+    # Answers are read again like prompts; or their pages are shared; or hits are parts of chunks.
     [
-        _without_invariance("_place"), _without_invariance("_name_pages"), _without_invariance("_read"),
-        _hits_of_less_than_a_chunk,
+        _without_invariance("_place"), _without_invariance("_name_pages"), _hits_of_less_than_a_chunk,
     ],
     ids=lambda bug: bug.__name__.strip("_"),
 )  # fmt: skip
