@@ -91,7 +91,7 @@ class Device:
         self.buckets = buckets_up_to(limits.rows) if buckets is None else tuple(sorted(buckets))
         self._replays = None
         if limits.invariant:
-            self.buckets, self._replays = invariant_buckets(limits.rows), Replays(limits.rows + 1)
+            self.buckets, self._replays = (limits.rows,), Replays(limits.rows + 1)
         self.guessing = tuple(b for b in self.buckets if b * (1 + limits.drafts) <= GUESSED)
         """Numbers of rows that steps with guesses are compiled for, where there are any."""
         settings = row_settings([NEUTRAL], config.vocab_size)
@@ -375,8 +375,3 @@ def buckets_up_to(rows: int) -> tuple[int, ...]:
     """Numbers of rows that decode programs are compiled for: powers of two, and all of them. Not two: while weights are
     what takes time, two rows cost what four do."""
     return (*(1 << i for i in range((rows - 1).bit_length()) if i != 1), rows)
-
-
-def invariant_buckets(rows: int) -> tuple[int, ...]:
-    """One number of rows for every decode step."""
-    return (rows,)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from maxstack.kernels import cpu_native
@@ -17,7 +18,7 @@ from maxstack.models.adapters import AdapterSlots
 from maxstack.models.attention import Attention
 from maxstack.models.block import Block
 from maxstack.models.feed_forward import FeedForward
-from maxstack.models.generation.params import SamplingParams
+from maxstack.models.generation.params import SamplingParams, row_settings
 from maxstack.models.layers import Embedding, Identity, Linear, Positions, RMSNorm
 from maxstack.models.remat import platform
 from maxstack.models.transformer import Stack, Transformer
@@ -62,26 +63,51 @@ def problem(model: Transformer, on: str | None = None, adapters: AdapterSlots | 
 
 
 def check_rows(device: Device) -> None:
-    """Raises RuntimeError where what a request gets still depends on its row or on who is in the others.
+    """Raises RuntimeError where what a request gets still depends on its place or on who is in the others.
 
-    The compiler promises no such thing: here it is asked, with the programs that will serve. One prompt alone, in every
-    row at once, and behind others must say the same tokens with the same log-probabilities.
+    The compiler promises no such thing: here it is asked, with the programs that will serve. One prompt must give the
+    same tokens and log-probabilities alone and in all places of a chunk, then in the first row, the last, and all.
     """
-    limits, vocab = device.limits, device.config.vocab_size
-    longest = limits.max_length - TRIED.max_tokens
-    prompt = tuple((31 * i + 7) % vocab for i in range(max(1, min(limits.chunks[0][1] + 1, longest))))
-    others = [
-        tuple((i * place + 3) % vocab for place in range(1, 2 + i % longest)) for i in range(limits.rows)
-    ]
+    limits = device.limits
+    places, tokens = limits.chunks[0][:2]
+    room = min(limits.max_length, limits.pages * limits.page)
+    count = min(max(tokens, limits.page), room - TRIED.max_tokens)
+    prompt = tuple((31 * i + 7) % device.config.vocab_size for i in range(count))
     [alone] = said(device, [prompt])
-    for i, answer in enumerate(said(device, [prompt] * limits.rows)):
+    for i, answer in enumerate(said(device, [prompt] * min(places, limits.rows))):
         if answer != alone:
-            raise RuntimeError(f"invariant mode: row {i} of {limits.rows} computes {answer}, row 0 {alone}")
-    if said(device, [*others[1:], prompt])[-1] != alone:
-        raise RuntimeError(
-            f"invariant mode: a request behind {len(others) - 1} others gets other numbers than alone"
-        )
+            raise RuntimeError(
+                f"invariant mode: place {i} of a chunk computes {answer}, the first one alone {alone}"
+            )
+    pages = device._table[0].copy()
+    for rows in ([0], [limits.rows - 1], list(range(limits.rows))):
+        for row, answer in zip(rows, stepped(device, rows, pages, count, alone[0][0]), strict=True):
+            if answer != alone[1]:
+                raise RuntimeError(
+                    f"invariant mode: row {row} of {limits.rows} computes {answer} where {len(rows)} rows have work, a "
+                    f"request alone {alone[1]}"
+                )
     device.reset()
+
+
+def stepped(
+    device: Device, rows: list[int], pages_p: np.ndarray, length: int, token: int
+) -> list[tuple[int, float]]:
+    """What some rows say in one decode step, all with the same tokens in the same pages, while the others have none."""
+    limits, vocab = device.limits, device.config.vocab_size
+    count, first = limits.rows + 1, length // limits.page
+    lengths, nexts = np.zeros(count, np.int32), np.arange(count, dtype=np.int32) % vocab
+    lengths[rows], nexts[rows] = length, token
+    device._table[:] = -1
+    device._table[rows] = pages_p
+    if length % limits.page == 0:  # the step writes into a page of each row's own, while there are some
+        device._table[rows, first] = first + np.arange(len(rows)) % (limits.pages - first)
+    settings = row_settings([TRIED] * count, vocab, [()] * count, [length] * count)
+    ones = np.ones(count, np.int32)
+    device._state = device._state._replace(lengths_r=lengths, next_r=nexts, left_r=ones, settings=settings)
+    steps = device._steps(np.arange(limits.rows, dtype=np.int32), ones[:-1], ones[:-1], -ones[None, :-1], 0)
+    told = device._run(("decode", limits.rows), steps)
+    return [(int(told.tokens_b[row]), float(told.logprobs_b[row])) for row in rows]
 
 
 def said(device: Device, prompts: list[tuple[int, ...]]) -> list[list[tuple[int, float]]]:

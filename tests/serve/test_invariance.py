@@ -6,9 +6,10 @@ import functools
 import pytest
 
 from maxstack.kernels import cpu_native
+from maxstack.models.adapters import AdapterSlots
 from maxstack.models.generation import SamplingParams
-from maxstack.serve import Engine
-from tests.models.tiny import build
+from maxstack.serve import Engine, invariant
+from tests.models.tiny import CONFIGS, build
 from tests.serve.driven import CONFIG, LIMITS, prompts
 
 pytestmark = [
@@ -31,6 +32,20 @@ PARAMS = [
 @functools.cache
 def model():
     return build(CONFIG)
+
+
+def test_invariant_mode_is_for_what_xla_computes(monkeypatch):
+    def problem(model, **options) -> str:
+        return invariant.problem(model, **options) or ""
+
+    assert invariant.problem(model()) is None
+    assert not invariant.needed(model())
+    for name, part in (("window", "LayerNorm"), ("mixture", "MoE"), ("latent", "LatentAttention")):
+        assert part in problem(build(CONFIGS[name]))
+    assert "adapters" in problem(model(), adapters=AdapterSlots(count=1, rank=2))
+    assert "XLA" in problem(model(), on="tpu")
+    monkeypatch.setattr(cpu_native, "problem", lambda: "switched off")
+    assert "no C++: switched off" in problem(model())
 
 
 @functools.cache
