@@ -71,6 +71,8 @@ def _sizes(group: Any) -> None:
         help="tokens guessed ahead and checked in one step, where it pays (default: none)")  # fmt: skip
     add("--draft-model", metavar="M",
         help="a small model with the same tokens that guesses instead (4 a step unless --drafts says)")  # fmt: skip
+    add("--invariant", action="store_true",
+        help="answers are the same to the last bit in any company, which costs speed where XLA computes")  # fmt: skip
     add("--compile-only", action="store_true",
         help="fill the cache of compiled programs, so that the next start is fast, and leave")  # fmt: skip
 

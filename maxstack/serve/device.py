@@ -33,6 +33,7 @@ from maxstack.serve.programs import (
     Told,
     Weights,
 )
+from maxstack.serve.replay import Replays
 from maxstack.serve.results import Found, Launched, results
 from maxstack.sharding import mesh_of
 
@@ -89,6 +90,9 @@ class Device:
         mesh = mesh_of(weights)
         self._programs = Compiled(mesh)
         self.buckets = buckets_up_to(limits.rows) if buckets is None else tuple(sorted(buckets))
+        self._replays = None
+        if limits.invariant:
+            self.buckets, self._replays = (limits.rows,), Replays(limits.rows + 1)
         self.guessing = tuple(b for b in self.buckets if b * (1 + limits.drafts) <= GUESSED)
         """Numbers of rows that steps with guesses are compiled for, where there are any."""
         settings = row_settings([NEUTRAL], config.vocab_size)
@@ -251,7 +255,11 @@ class Device:
     def _seat(self, start: Start) -> None:
         """A row gets a request."""
         asked: Asked = start.request.params
-        self._generated[start.row] = len(start.tokens)
+        # What is said again counts as it is said, as it did the first time.
+        before = start.tokens if self._replays is None else ()
+        self._generated[start.row] = len(before)
+        if self._replays is not None:
+            self._replays.seat(start)
         if self._adapters is not None:
             self._adapters[start.row] = asked.adapter
         if self.limits.drafts:
@@ -263,7 +271,7 @@ class Device:
         if asked.penalised:
             prompt_v, counts_v = self._nothing_seen()
             prompt_v[list(start.request.prompt)] = True
-            np.add.at(counts_v, list(start.tokens), 1)
+            np.add.at(counts_v, list(before), 1)
             self._state = self._programs["seat"](self._state, np.int32(start.row), prompt_v, counts_v)
 
     def _allow(self, plan: Plan) -> None:
@@ -286,9 +294,9 @@ class Device:
     def _nothing_seen(self) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(self.config.vocab_size, bool), np.zeros(self.config.vocab_size, np.int32)
 
-    def _decoding(self, plan: Plan) -> tuple[Any, Any, Any]:
+    def _decoding(self, plan: Plan) -> tuple[Any, Any, Any, Any]:
         """Rows of a bucket, filled up with nobody's, how many steps each takes part in (with guesses: tokens it may
-        gain), and the positions that its pages cover."""
+        gain), the positions that its pages cover, and, by step, what it says again."""
         count, buckets = len(plan.decodes), self.guessing if plan.drafts else self.buckets
         bucket = next(size for size in buckets if size >= count)
         rows, counts = arrays.full(bucket, self.limits.rows, np.int32), arrays.zeros(bucket, np.int32)
@@ -296,15 +304,19 @@ class Device:
         rows[:count] = [decode.row for decode in plan.decodes]
         counts[:count] = [decode.count for decode in plan.decodes]
         bounds[:count] = [decode.length + decode.count - 1 for decode in plan.decodes]
-        return rows, counts, bounds
+        known = None if self._replays is None else self._replays.of_steps(plan, bucket)
+        return rows, counts, bounds, known
 
-    def _steps(self, rows: Any, counts: Any, bounds: Any, step: int) -> Steps:
+    def _steps(self, rows: Any, counts: Any, bounds: Any, known: Any, step: int) -> Steps:
         bounds = bounds if self.limits.drafts else None
-        return Steps(rows, self._table[rows], counts, arrays.int32(step), self._adapters_of(rows), bounds)
+        known = None if known is None else known[step]
+        return Steps(
+            rows, self._table[rows], counts, arrays.int32(step), self._adapters_of(rows), bounds, known
+        )
 
     def _nobodys_steps(self, bucket: int) -> Steps:
         rows, nothing = arrays.full(bucket, self.limits.rows, np.int32), arrays.zeros(bucket, np.int32)
-        return self._steps(rows, nothing, nothing, 0)
+        return self._steps(rows, nothing, nothing, None if self._replays is None else nothing[None], 0)
 
     def _adapters_of(self, rows: Any) -> Any:
         return None if self._adapters is None else self._adapters[rows]
@@ -335,7 +347,10 @@ class Device:
             documents.tolist(),
         )
         chunk = Tokens(tokens, self._table[rows], lengths, counts, documents, self._adapters_of(rows))
-        return Prompts(rows, chunk, last, left, settings, bound, following, pooled, packed(shape, chunks))
+        known = None if self._replays is None else self._replays.of_chunks(chunks, b)
+        return Prompts(
+            rows, chunk, last, left, settings, bound, following, pooled, packed(shape, chunks), known
+        )
 
 
 def packed(shape: Shape, chunks: Sequence[Chunk]) -> Any:

@@ -1,6 +1,7 @@
 """A model that answers many at once, for async code; `blocking.Engine` is for any other."""
 
 import asyncio
+import dataclasses
 import itertools
 import threading
 import time
@@ -28,6 +29,7 @@ from maxstack.serve.drafter import Drafter
 from maxstack.serve.embedding import Embedding, Pool, embed
 from maxstack.serve.errors import EngineDead
 from maxstack.serve.forms import form_for
+from maxstack.serve.invariant import check_rows, needed
 from maxstack.serve.loop import Loop, News, Progress
 from maxstack.serve.output import Answer, Delta, Output
 from maxstack.serve.pace import Pace
@@ -61,6 +63,7 @@ class AsyncEngine:
         buckets: Sequence[int] | None = None,
         adapters: AdapterSlots | None = None,
         draft: Transformer | None = None,
+        invariant: bool = False,
         use_up: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -69,10 +72,15 @@ class AsyncEngine:
         whose form of the programs is used: that at hand, unless told otherwise. `buckets` are the numbers of rows that
         decode steps are compiled for, by default powers of two and all rows. `adapters` is the room for adapters:
         none by default, and then they cost nothing. With `limits.drafts` tokens are guessed, from what a row has said,
-        or by the small model `draft`. `use_up` lets the model's own arrays be deleted where the engine has a copy."""
+        or by the small model `draft`. `invariant` makes answers the same to the last bit in any company: where C++ does
+        so anyhow it changes nothing, elsewhere it sets `Limits.invariant`, and `buckets` are not used. `use_up` lets the
+        model's own arrays be deleted where the engine has a copy."""
         self.config, self.tokenizer = model.config, tokenizer
         kv_dtype = model.config.dtype if kv_dtype is None else kv_dtype
-        self.limits = limits_for(model, kv_dtype, on, draft) if limits is None else limits
+        invariant = invariant and needed(model, on, adapters)
+        self.limits = limits_for(model, kv_dtype, on, draft, invariant) if limits is None else limits
+        if invariant:
+            self.limits = dataclasses.replace(self.limits, invariant=True)
         self.on = on
         form, weights = form_for(model, on, adapters, use_up)
         drafter = (
@@ -95,6 +103,8 @@ class AsyncEngine:
         how many programs are compiled, and of how many."""
         if not self._thread.ident:
             self._loop.device.warm_up(told)
+            if self.limits.invariant:
+                check_rows(self._loop.device)
             if self.limits.drafts:
                 pace = self._loop.pace = Pace(self.limits.drafts, self._loop.device.costs())
                 self._loop.scheduler.drafting = pace.drafts_for

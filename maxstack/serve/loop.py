@@ -248,7 +248,7 @@ class Loop:
             error = self._error(event) if event.finish == "error" else None
             logprobs = found.logprobs.get(event.id)
             if logprobs is not None:
-                logprobs = logprobs[: len(event.tokens)]
+                logprobs = logprobs[len(logprobs) - len(event.tokens) :]  # those said again come first
             prompt, pooled = found.prompts.pop(event.id, None), found.pooled.pop(event.id, None)
             told.append(
                 News(

@@ -18,7 +18,7 @@ def start_of(args: argparse.Namespace) -> Start:
         step=args.step, averaged=args.averaged, kv=args.kv, max_length=args.max_length, rows=args.rows,
         pages=args.pages, waiting=args.waiting, adapter_slots=args.adapter_slots, adapter_rank=args.adapter_rank,
         drafts=args.drafts or (DRAFTS if args.draft_model else 0), draft_model=args.draft_model,
-        tensor=args.tensor,
+        tensor=args.tensor, invariant=args.invariant,
     )  # fmt: skip
 
 

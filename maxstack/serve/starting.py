@@ -21,6 +21,7 @@ from maxstack.models.load import load
 from maxstack.models.paged.pools import page_bytes
 from maxstack.models.transformer import Transformer, TransformerConfig
 from maxstack.serve.engine import AsyncEngine
+from maxstack.serve.invariant import needed
 from maxstack.serve.operate.bandwidth import peak_bandwidth
 from maxstack.serve.operate.phases import ADAPTERS, COMPILE, LOAD, WEIGHTS, Phases
 from maxstack.serve.plan import Limits
@@ -60,6 +61,8 @@ class Start:
     drafts: int = 0
     draft_model: str | None = None
     """A small one that guesses; None guesses from what was said."""
+    invariant: bool = False
+    """Answers are the same to the last bit in any company."""
 
     @property
     def model_name(self) -> str:
@@ -115,9 +118,11 @@ def start(
     with phases.phase(WEIGHTS, "weights and cache lie on the device"):
         kv = what.kv or model.config.dtype
         draft = None if what.draft_model is None else load(what.draft_model, dtype=what.dtype)[0]
+        slots = slots_of(what)
+        invariant = what.invariant and needed(model, adapters=slots)
         engine = AsyncEngine(
-            model, tokenizer, limits=limits_of(what, model.config, kv), kv_dtype=kv, adapters=slots_of(what),
-            draft=draft, use_up=True,
+            model, tokenizer, limits=limits_of(what, model.config, kv, invariant=invariant), kv_dtype=kv,
+            adapters=slots, draft=draft, use_up=True,
         )  # fmt: skip
         del model, draft  # the engine has its own form of the weights
     with phases.phase(COMPILE, "every program is compiled"):
@@ -142,12 +147,19 @@ def mesh_for(tensor: int) -> Mesh | None:
     return build_mesh(MeshConfig(fsdp=1, tensor=tensor), jax.local_devices()[:tensor])
 
 
-def limits_of(what: Start, config: TransformerConfig, kv: Any) -> Limits:
+def limits_of(what: Start, config: TransformerConfig, kv: Any, *, invariant: bool = False) -> Limits:
     """The sizes that fit, with those that were asked for. Raises UserError for what cannot be."""
     if what.max_length is not None and what.max_length > config.max_length:
         raise UserError(f"--max-length {what.max_length} is more than the model's {config.max_length} tokens")
     grid = what.tensor > 1 or what.draft_model is not None
-    limits = default_limits(config, kv, rows=what.rows, max_length=what.max_length, grid=grid)
+    if invariant and what.drafts:
+        raise UserError(
+            "--invariant with --drafts or --draft-model: guesses are checked in steps of another shape, which rounds "
+            "differently here; leave one of them out"
+        )
+    limits = default_limits(
+        config, kv, rows=what.rows, max_length=what.max_length, grid=grid, invariant=invariant
+    )
     limits = dataclasses.replace(
         limits, pages=what.pages or limits.pages, waiting=what.waiting or limits.waiting, drafts=what.drafts,
         tokens_a_step=limits.tokens_a_step + limits.rows * what.drafts,

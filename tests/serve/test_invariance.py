@@ -6,9 +6,10 @@ import functools
 import pytest
 
 from maxstack.kernels import cpu_native
+from maxstack.models.adapters import AdapterSlots
 from maxstack.models.generation import SamplingParams
-from maxstack.serve import Engine
-from tests.models.tiny import build
+from maxstack.serve import Engine, invariant
+from tests.models.tiny import CONFIGS, build
 from tests.serve.driven import CONFIG, LIMITS, prompts
 
 pytestmark = [
@@ -17,12 +18,34 @@ pytestmark = [
 ]
 PROMPTS = prompts(3, 17, 9, 30, 12, 5)
 DRAWN = SamplingParams(max_tokens=14, temperature=1.0, top_k=40, top_p=0.95, seed=7, logprobs=2)
-PARAMS = [DRAWN, dataclasses.replace(DRAWN, temperature=0.0), dataclasses.replace(DRAWN, seed=8)] * 2
+READ = dataclasses.replace(DRAWN, temperature=0.0, prompt_logprobs=2)
+PARAMS = [
+    DRAWN,
+    READ,
+    dataclasses.replace(READ, seed=8),
+    DRAWN,
+    dataclasses.replace(DRAWN, temperature=0.0),
+    READ,
+]
 
 
 @functools.cache
 def model():
     return build(CONFIG)
+
+
+def test_invariant_mode_is_for_what_xla_computes(monkeypatch):
+    def problem(model, **options) -> str:
+        return invariant.problem(model, **options) or ""
+
+    assert invariant.problem(model()) is None
+    assert not invariant.needed(model())
+    for name, part in (("window", "LayerNorm"), ("mixture", "MoE"), ("latent", "LatentAttention")):
+        assert part in problem(build(CONFIGS[name]))
+    assert "adapters" in problem(model(), adapters=AdapterSlots(count=1, rank=2))
+    assert "XLA" in problem(model(), on="tpu")
+    monkeypatch.setattr(cpu_native, "problem", lambda: "switched off")
+    assert "no C++: switched off" in problem(model())
 
 
 @functools.cache
@@ -33,7 +56,7 @@ def alone():
 
 def answer(outputs: list) -> tuple:
     [output] = outputs
-    return output.token_ids, output.logprobs
+    return output.token_ids, output.logprobs, output.prompt_logprobs
 
 
 @pytest.mark.parametrize(
@@ -55,6 +78,5 @@ def test_company_chunks_preemption_and_speculation_change_no_bit(changes):
             assert engine.asynchronous.scheduler.counters.num_preemptions > 0
         again = engine.generate(PROMPTS[::-1], PARAMS[::-1])[::-1]  # prefixes are cached now
     for given in (together, again):
-        for one, (tokens, logprobs) in zip(given, alone(), strict=True):
-            assert one.token_ids == tokens
-            assert one.logprobs == logprobs
+        for one, wanted in zip(given, alone(), strict=True):
+            assert answer([one]) == wanted
