@@ -23,6 +23,8 @@ from maxstack.serve.load import SHAREGPT_ANSWER, SHAREGPT_PROMPT, Lengths, Load
 MODEL = "smollm2-135m-instruct"
 VOCABULARY = 49_152
 KINDS = ("as usual", "invariant")
+MOST_LENGTH = 2048
+PAGES_A_ROW = 16
 
 
 def engines(args: argparse.Namespace) -> dict[str, Any]:
@@ -36,8 +38,11 @@ def engines(args: argparse.Namespace) -> dict[str, Any]:
     model, _ = maxstack.load(MODEL, dtype="float32")
     made = {}
     for kind in KINDS:
-        limits = default_limits(model.config, "float32", rows=args.rows, invariant=kind == "invariant")
-        limits = dataclasses.replace(limits, prefix_cache=False)
+        limits = default_limits(
+            model.config, "float32", rows=args.rows, max_length=MOST_LENGTH, invariant=kind == "invariant"
+        )
+        pages = min(limits.pages, args.rows * PAGES_A_ROW)
+        limits = dataclasses.replace(limits, prefix_cache=False, pages=pages)
         made[kind] = AsyncEngine(model, limits=limits, kv_dtype="float32", end_ids=())
         made[kind].warm_up()
     return made

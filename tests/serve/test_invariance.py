@@ -10,7 +10,9 @@ from maxstack.models.adapters import AdapterSlots
 from maxstack.models.generation import SamplingParams
 from maxstack.serve import Engine, invariant
 from tests.models.tiny import CONFIGS, build
-from tests.serve.driven import CONFIG, LIMITS, prompts
+from tests.serve.driven import CONFIG, LIMITS, device_of, prompts
+from tests.serve.test_invariant_mode import LIMITS as MODE
+from tests.serve.test_invariant_mode import check
 
 pytestmark = [
     pytest.mark.usefixtures("optimized"),  # what the compiler does to sums is the point
@@ -80,3 +82,8 @@ def test_company_chunks_preemption_and_speculation_change_no_bit(changes):
     for given in (together, again):
         for one, wanted in zip(given, alone(), strict=True):
             assert answer([one]) == wanted
+
+
+@pytest.mark.slow
+def test_invariant_mode_also_holds_where_cpp_and_xla_compute_together():
+    check(device_of(build(CONFIGS["mixture"]), MODE), 12, seed=5)

@@ -178,7 +178,9 @@ def test_every_kind_of_layer_gets_the_same_bits_in_any_company(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"kv": "int8"}, {"kv": "int8", "on": "tpu"}, {"tensor": 2}])
+@pytest.mark.parametrize(
+    "options", [{"kv": "int8"}, {"kv": "int8", "on": "tpu"}, {"name": "grouped", "tensor": 2}]
+)
 def test_an_int8_cache_and_two_devices_give_the_same_bits_in_any_company(options):
     check(device(**options), 12, seed=4)
 
