@@ -6,28 +6,21 @@ from typing import Any
 
 import maxstack
 from maxstack.serve.engine import Stream
+from maxstack.serve.http.counted import finish_of, note_tokens
 from maxstack.serve.http.errors import ClientGone, refused
-from maxstack.serve.http.front import (
-    Front,
-    adapters_of,
-    best,
-    closing,
-    finish_of,
-    merged,
-    note_tokens,
-    wholes,
-)
+from maxstack.serve.http.front import Front, adapters_of
 from maxstack.serve.http.operation import Operation, Seen
 from maxstack.serve.http.routes import chat, completions
 from maxstack.serve.http.said import CallStart, Parser, delta_of
 from maxstack.serve.http.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from maxstack.serve.http.streams import best, closing, merged, wholes
 from maxstack.serve.output import Delta
 from maxstack.serve.rpc import maxstack_pb2 as pb
 from maxstack.serve.rpc.calls import Failed, code_of, trailing, watched
 from maxstack.serve.rpc.translate import calls_of, chat_of, checked, completion_of, logprobs_of
 
 Context = Any  # grpc hands over another class than the one it documents
-Job = completions.Job | chat.Job
+Job = completions.Completion | chat.Chat
 
 
 class Service:
@@ -137,7 +130,7 @@ class Service:
         outputs = best(outputs, job.asked.answers) if job.asked.tries > job.asked.answers else outputs
         answers = []
         for i, output in enumerate(outputs):
-            shown = (output.logprobs or []) if shows_logprobs(job) else []
+            shown = (output.logprobs or []) if job.wants_logprobs else []
             delta = Delta(output.token_ids, output.text, shown, output.finish_reason)
             answers.append(Writer(job, i, seen).answer(delta))
         return pb.GenerateResponse(
@@ -160,7 +153,7 @@ class Writer:
 
     def __init__(self, job: Job, index: int, seen: Seen):
         self._job, self._index, self._seen = job, index, seen
-        self._parser: Parser | None = job.parser() if isinstance(job, chat.Job) else None
+        self._parser: Parser | None = job.parser() if isinstance(job, chat.Chat) else None
         self._called = False
 
     def answer(self, delta: Delta) -> pb.Answer:
@@ -175,7 +168,7 @@ class Writer:
         return pb.Answer(
             index=self._index, text=text, token_ids=delta.token_ids,
             reasoning_content=said.get("reasoning_content", ""), tool_calls=calls_of(said.get("tool_calls", ())),
-            logprobs=logprobs_of(delta.logprobs) if shows_logprobs(self._job) else (),
+            logprobs=logprobs_of(delta.logprobs) if self._job.wants_logprobs else (),
             finish_reason="tool_calls" if self._called and reason == "stop" else reason,
         )  # fmt: skip
 
@@ -193,11 +186,6 @@ def within[T: Any](asked: T, context: Context) -> T:
     """A request that ends when the caller's deadline does."""
     left = context.time_remaining()
     return asked if left is None else asked.model_copy(update={"timeout_s": max(left, 0.001)})
-
-
-def shows_logprobs(job: Job) -> bool:
-    """Whether the answer shows log-probabilities."""
-    return job.wants_logprobs if isinstance(job, chat.Job) else job.asked.logprobs is not None
 
 
 def usage_of(job: Job, streams: Sequence[Stream], seen: Seen) -> pb.Usage:

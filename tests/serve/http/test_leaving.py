@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from maxstack.serve.http import front
+from maxstack.serve.http import streams
 from tests.serve.http import raw
 from tests.serve.http.serving import LETTERS, SETTINGS, served, settle
 
@@ -93,7 +93,7 @@ def test_an_error_inside_a_stream_is_an_error_event_and_the_stream_ends(url, eng
 def test_a_stream_that_waits_begins_without_a_token_and_says_that_it_lives(engine, monkeypatch):
     """In a long queue nobody in between gives it up."""
     hear, held = engine._hear, []
-    monkeypatch.setattr(front, "HOLD_S", 0.05)
+    monkeypatch.setattr(streams, "HOLD_S", 0.05)
     monkeypatch.setattr(engine, "_hear", held.extend)
     with served(engine, dataclasses.replace(SETTINGS, keep_alive_s=0.05)) as url, raw.connected(url) as line:
         line.sendall(asked(LONG | {"stream": True, "max_tokens": 3}))
