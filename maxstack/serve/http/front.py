@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from maxstack.chat.ends import Ends, ends_of
+from maxstack.chat.parsing import style_for
 from maxstack.config import UserError
 from maxstack.data.chat import ChatRenderer, renderer_for
 from maxstack.models.generation.params import SamplingParams
@@ -14,6 +15,7 @@ from maxstack.serve.constrain.constraint import BadConstraint, Constraint
 from maxstack.serve.constrain.matching import Compiled
 from maxstack.serve.engine import AsyncEngine
 from maxstack.serve.http.errors import ApiError, refused
+from maxstack.serve.http.manner import Manner, manner_of
 from maxstack.serve.http.operation import Operation, Seen
 from maxstack.serve.http.schemas.sampling import Sampling
 from maxstack.serve.http.settings import Settings
@@ -51,6 +53,8 @@ class Front:
             self.ends = ends_of(self._renderer, self.tokenizer)
         except UserError as error:  # a base model: the other routes work
             self._no_chat, self.ends = str(error), Ends((), ())
+        if settings.parser is not None:
+            style_for(settings.parser)  # a name that is not known is refused now
 
     @property
     def renderer(self) -> ChatRenderer:
@@ -58,6 +62,11 @@ class Front:
         if self._renderer is None:
             raise refused(f"this model cannot chat: {self._no_chat}", "messages", "no_chat_template")
         return self._renderer
+
+    @functools.cached_property
+    def manner(self) -> Manner:
+        """How the model writes calls and thoughts. Raises where it cannot chat."""
+        return manner_of(self.renderer, self.tokenizer, self.settings.parser)
 
     @property
     def names(self) -> tuple[str, ...]:

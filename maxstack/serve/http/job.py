@@ -67,6 +67,10 @@ class Job(ABC):
     def writer(self, index: int, first: Stream) -> Writer:
         """What writes an answer as it comes."""
 
+    def thought_tokens(self, output: Output) -> int:
+        """How many tokens of an answer are thoughts."""
+        return 0
+
     def shell(self, kind: str) -> dict[str, Any]:
         """What answer and chunks begin with."""
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
@@ -82,6 +86,7 @@ async def answered(job: Job) -> dict[str, Any]:
     with closing(job.front.engine, streams):
         outputs = await wholes(streams)
     note_tokens(job.seen, sum(len(output.token_ids) for output in outputs))
+    job.seen.reasoning_tokens = sum(map(job.thought_tokens, outputs))
     tries, kept, choices = job.asked.tries, job.asked.answers, []
     for p, start in enumerate(range(0, len(outputs), tries)):
         own = outputs[start : start + tries]

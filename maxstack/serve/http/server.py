@@ -16,6 +16,8 @@ def server_config(
     app: ASGIApp, settings: Settings, *, host: str = "127.0.0.1", port: int = 8000, **options: Any
 ) -> uvicorn.Config:
     """Its settings: limits of headers where they are read, no log of its own, no header that says what runs here."""
+    if settings.tls is not None:
+        options |= dict(zip(("ssl_certfile", "ssl_keyfile"), settings.tls, strict=True))
     return uvicorn.Config(
         app,
         host=host,
@@ -60,7 +62,8 @@ class Impatient(H11Protocol):
         super().handle_events()
         cycle = self.cycle
         if cycle is not None and cycle.scope["http_version"] == "1.1" and cycle.scope["method"] == "POST":
-            cycle.scope.setdefault("extensions", {}).setdefault(EXTENSION, Chunks(cycle))
+            extensions: dict[str, Any] = cycle.scope.setdefault("extensions", {})
+            extensions.setdefault(EXTENSION, Chunks(cycle))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It has gone."""

@@ -57,6 +57,10 @@ class Chat(Job):
         """For one answer."""
         return self.prompt.parser()
 
+    def thought_tokens(self, output: Output) -> int:
+        """How many tokens of an answer are thoughts."""
+        return self.prompt.counter().take(output.token_ids)
+
     def choice(self, index: int, prompt: int, output: Output, first: Output) -> dict[str, Any]:
         """One whole answer."""
         parser = self.parser()
@@ -99,11 +103,13 @@ async def ready(front: Front, asked: ChatRequest, seen: Seen) -> Chat:
     adapter = front.adapter(asked.model)
     seen.model, seen.stream = asked.model or front.settings.model_name, bool(asked.stream)
     named = form_of(asked)
-    calls = calls_of(asked, front.settings.parser or front.renderer.template, front.tokenizer.added_tokens)
+    calls = calls_of(asked, front.manner.style)
     if named is not None and calls is not None:
         raise refused(f"{named[0]} and tools each say what form the answer has: give one", named[0])
-    constraint = await front.compiled(named or calls)
-    prompt = await render(front, asked, constraint is not None)
+    prompt = await render(front, asked)
+    form = named or calls
+    bound = None if form is None else (form[0], front.manner.bound(form[1], prompt.text))
+    constraint = await front.compiled(bound)
     most = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
     max_tokens = front.room(prompt.ids, most, None)
     front.check_budget(1, asked.tries, max_tokens)
@@ -124,7 +130,7 @@ class ChatWriter:
         self._usage = bool(options and options.include_usage)
         self._running = bool(options and options.continuous_usage_stats)
         self._logprobs: list[TokenLogprobs] = []
-        self._called = False
+        self._called, self._thoughts = False, job.prompt.counter()
         hole = uuid.uuid4().hex
         plain = not (job.wants_logprobs or job.asked.return_token_ids or self._running)
         self._text = Frame(self._data({"content": hole}, None, None), hole) if plain else None
@@ -136,6 +142,7 @@ class ChatWriter:
 
     def events(self, delta: Delta) -> bytes:
         """Nothing yet, or a chunk, and at the end one with the finish reason."""
+        self._job.seen.reasoning_tokens += self._thoughts.take(delta.token_ids)
         pieces = self._parser.feed(delta.text) if delta.text else []
         if delta.finish_reason is None and self._text is not None:
             if not pieces:

@@ -60,6 +60,7 @@ class Answering:
             [output] = await wholes(streams)
         note_tokens(job.seen, len(output.token_ids))
         job.seen.cached_tokens = output.cached_tokens
+        job.seen.reasoning_tokens = job.thought_tokens(output)
         reason = finish_of(output.finish_reason, job.seen)
         logprobs = self._logprobs(output.logprobs or [])
         for _ in self._written.take([*parser.feed(output.text), *parser.end()], logprobs):
@@ -68,12 +69,13 @@ class Answering:
 
     async def streamed(self) -> AsyncGenerator[bytes]:
         """The response as events."""
-        job, parser = self._job, self._job.parser()
+        job, parser, thoughts = self._job, self._job.parser(), self._job.prompt.counter()
         streams = job.open()
         with closing(job.front.engine, streams):
             begun, reason = self._begin(), "stop"
             async for _, delta in merged(streams):
                 note_tokens(job.seen, len(delta.token_ids))
+                job.seen.reasoning_tokens += thoughts.take(delta.token_ids)
                 pieces = [*parser.feed(delta.text), *(parser.end() if delta.finish_reason else ())]
                 told = self._written.take(pieces, self._logprobs(delta.logprobs))
                 if events := begun + b"".join(map(self._event, told)):
