@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,16 +40,14 @@ def told(answer: Any) -> tuple[list[int], list[float]]:
 
 def says(model: Any, answer: Any) -> bool:
     """Whether an answer is that of a model's full forward pass."""
-    import types
-
     ids, logprobs = told(answer)
     found = [
-        types.SimpleNamespace(token_id=token, logprob=value, top=())
+        SimpleNamespace(token_id=token, logprob=value, top=())
         for token, value in zip(ids, logprobs, strict=True)
     ]
-    output = types.SimpleNamespace(prompt_token_ids=list(b"hello"), token_ids=ids, logprobs=found)
+    output = SimpleNamespace(prompt_token_ids=list(b"hello"), token_ids=ids, logprobs=found)
     try:
-        check_greedy(model, types.SimpleNamespace(output=output), rounding=1e-3)
+        check_greedy(model, SimpleNamespace(output=output), rounding=1e-3)
     except AssertionError:
         return False
     return True

@@ -76,7 +76,7 @@ def test_a_collector_is_sent_the_spans_over_otlp(monkeypatch):
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, *what: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             """Nothing."""
 
     with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
