@@ -82,6 +82,8 @@ def _network(group: Any) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine alone)")
     add("--port", type=port_of, default=8000, help="0 for any that is free (default %(default)s)")
     add("--grpc-port", type=port_of, metavar="PORT", help="also serve gRPC there (default: not)")
+    add("--tls-cert", type=Path, metavar="FILE", help="speak TLS with this certificate (PEM, with its chain)")
+    add("--tls-key", type=Path, metavar="FILE", help="the certificate's key (PEM, without a password)")
     add("--api-key-file", type=Path, metavar="FILE", help="keys, one a line; without any, everybody may ask")
     add("--management-key-file", type=Path, metavar="FILE",
         help="the key of /manage/… (adapters, weights, drain, profile), which are off without it")  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 from maxstack.config import UserError
 from maxstack.serve.http.settings import Settings
 from maxstack.serve.operate.keys import keys_in
-from maxstack.serve.operate.listen import is_loopback
+from maxstack.serve.operate.listen import checked_tls, is_loopback
 from maxstack.serve.starting import DRAFTS, Start
 
 
@@ -35,7 +35,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     fields: dict[str, Any] = {} if args.deadline is None else {"deadline_s": args.deadline}
     return Settings(
         model_name=start_of(args).model_name, api_keys=keys, management_key=management_key,
-        cors_origins=tuple(args.cors_origin),
+        cors_origins=tuple(args.cors_origin), tls=checked_tls(args.tls_cert, args.tls_key),
         local_names_only=not keys and not args.allow_no_key and is_loopback(args.host),
         chat_template=template_of(args.template), parser=args.parser, log_prompts=args.log_prompts, **fields,
     )  # fmt: skip

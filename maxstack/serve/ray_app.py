@@ -22,7 +22,16 @@ from maxstack.serve.operate.phases import Phases
 
 log = logging.getLogger(__name__)
 
-NOT_HERE = ("host", "port", "grpc_port", "compile_only", "drain_seconds", "allow_no_key")
+NOT_HERE = (
+    "host",
+    "port",
+    "grpc_port",
+    "compile_only",
+    "drain_seconds",
+    "allow_no_key",
+    "tls_cert",
+    "tls_key",
+)
 OURS = {"replicas": 1, "accelerators": 0, "cpus": 1, "most_under_way": 256, "drain_seconds": 120}
 """What Ray is told: replicas, GPUs and CPUs of each, requests that one is sent at once, seconds for them to finish."""
 

@@ -67,7 +67,8 @@ async def _serve(
             log.info("gRPC on %s", address_of(args.host, port))
             yield
 
-    log.info("listening on %s; /ready says when to ask", url_of(sock))
+    scheme = "http" if settings.tls is None else "https"
+    log.info("listening on %s; /ready says when to ask", url_of(sock, scheme))
     serving = Serving(
         settings=settings, drain_s=args.drain_seconds, beside=None if args.grpc_port is None else beside
     )

@@ -3,11 +3,16 @@
     app = create_app(engine, Settings(model_name="smollm2-135m-instruct"))
     uvicorn.Server(server_config(app, settings)).run()
 
-- `app`: the application; `server`: how uvicorn runs it
+A request passes these, in this order:
+
+- `app`: the application; `server`: how uvicorn runs it; `wire`: the short way back for a stream's chunks
 - `gate`: what every request passes: id, sizes, key, JSON
-- `front`: what the routes share; `routes/`: one file a family; `schemas/`: what requests may hold
-- `conversation`, `said`: messages to the prompt, and the answer's text back to messages
-- `errors`, `sse`, `logprobs`, `spelling`: how things are spelled
+- `routes/`: one file a family; `schemas/`: what requests may hold; `forms`: the form that an answer must have
+- `front`: the engine under its names; `manner`: how its model writes calls and thoughts
+- `conversation`: messages to the prompt; `said`, `thoughts`: the answer's text back to messages
+- `job`: one request on its way, whole or streamed; `streams`: between the engine and a client that may leave
+- `written`, `items`: what /v1/responses has of its own
+- `errors`, `sse`, `logprobs`, `spelling`, `counted`: how things are spelled and counted
 - `operation`: what watches it
 """
 
