@@ -49,7 +49,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="such as v6e-8b-int8; all without")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
-    parser.add_argument("--record", action="store_true", help="keep the figures, for the simulator and the docs")
+    parser.add_argument(
+        "--record", action="store_true", help="keep the figures, for the simulator and the docs"
+    )
     parser.add_argument("--largest", type=int, default=6, help="parts listed of what is moved")
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"

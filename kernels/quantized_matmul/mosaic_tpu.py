@@ -121,9 +121,7 @@ def run(x_tk: Array, w: QuantizedWeight, tiles: Tiles, sum_dtype: jnp.dtype, int
             in_specs=[
                 pl.BlockSpec((bt, bk), lambda t, n, k, at: (t, k)),
                 pl.BlockSpec((None, bn, bk), lambda t, n, k, at: (at[0], n, k)),
-                pl.BlockSpec(
-                    (1, scales_kgn.shape[1], bn), lambda t, n, k, at: (0 if whole else k, 0, n)
-                ),
+                pl.BlockSpec((1, scales_kgn.shape[1], bn), lambda t, n, k, at: (0 if whole else k, 0, n)),
             ],
             out_specs=pl.BlockSpec((bt, bn), lambda t, n, k, at: (t, n)),
             scratch_shapes=[pltpu.VMEM((bt, bn), sum_dtype)],

@@ -98,7 +98,8 @@ def instruction(line: str) -> Instruction | None:
         return None
     inside, after = _bracketed(rest[opened.end() - 1 :])
     called = {
-        key: tuple(re.findall(r"[\w.\-]+", names)) for key, names in _CALLED.findall(after.partition("metadata=")[0])
+        key: tuple(re.findall(r"[\w.\-]+", names))
+        for key, names in _CALLED.findall(after.partition("metadata=")[0])
     }
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
     return Instruction(match[2], opened[1], arrays(kind), operands, called, line, bool(match[1]))

@@ -4,14 +4,16 @@ benchmarks/aot_decode.py writes steps.json. No chip was there: the times made of
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from maxstack.bench.serve.absent_chip import NumberOfPages, Setting, Weights
 from maxstack.models import llama
+from maxstack.models.account import account_of, layers
 from maxstack.models.transformer import TransformerConfig
-from maxstack.serve.cost import CHIPS
+from maxstack.serve.cost import CHIPS, Cost
 
 FILE = Path(__file__).with_name("steps.json")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -38,10 +40,16 @@ class Named:
         """Its generation."""
         return self.topology.partition(":")[0]
 
-    def plain(self) -> dict[str, str]:
+    @property
+    def chips(self) -> int:
+        """Of the topology."""
+        return math.prod(map(int, self.topology.partition(":")[2].split("x")))
+
+    def plain(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "topology": self.topology, "chip": self.chip, "shape": self.shape, "weights": self.weights, "kv": self.kv,
+            "chips": self.chips,
         }  # fmt: skip
 
 
@@ -75,4 +83,34 @@ def kept() -> dict[str, dict[str, Any]]:
 def seconds(chip: str, step: dict[str, Any]) -> float:
     """A step's roofline: bytes or products, the longer, and what travels between the chips."""
     peaks = CHIPS[chip]
-    return max(step["moved"] / peaks.bytes_a_second, step["flops"] / peaks.flops_a_second) + step["sent"] / LINKS[chip]
+    return (
+        max(step["moved"] / peaks.bytes_a_second, step["flops"] / peaks.flops_a_second)
+        + step["sent"] / LINKS[chip]
+    )
+
+
+def cost_of(record: dict[str, Any], *, of_bandwidth: float, of_products: float) -> Cost:
+    """What plans cost, by the kept steps: what moves is so much a step, so much a token of the step, and the cache.
+
+    Of the first two, those of the fewest and the most rows. On all chips together, whose rates are added up.
+    """
+    few, many = record["steps"][0], record["steps"][-1]
+    peaks, chips = CHIPS[record["chip"]], record["chips"]
+
+    def of_all(step: dict[str, Any]) -> float:
+        return chips * (step["moved"] - step["cache"])
+
+    a_token = (of_all(many) - of_all(few)) / (many["rows"] - few["rows"])
+    counted = account_of(config_of(record["shape"]), 1)
+    return Cost(
+        weight_bytes=of_all(few) - few["rows"] * a_token,
+        kv_bytes_a_token=chips * few["cache"] / few["rows"] / (few["length"] + 1),
+        flops_a_token=2 * counted.matrix_parameters,
+        attention_flops_a_pair=sum(
+            repeats * block.attention.flops_per_key() for repeats, block in layers(config_of(record["shape"]))
+        ),
+        bytes_a_second=peaks.bytes_a_second * chips * of_bandwidth,
+        flops_a_second=peaks.flops_a_second * chips * of_products,
+        bytes_a_token=a_token,
+        seconds_a_token=(many["sent"] - few["sent"]) / (many["rows"] - few["rows"]) / LINKS[record["chip"]],
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 from maxstack.bench.serve.absent_chip import PAGE, Made, Setting, made
 from maxstack.plan import collectives
-from maxstack.plan.hlo import Array
+from maxstack.plan.hlo import Array, bits
 from maxstack.plan.traffic import Moved, traffic
 
 
@@ -76,7 +76,13 @@ def of_kernel(
     if kernel == "paged_attention":
         pages = max(one.shape[0] for one in given if len(one.shape) > 2)
         used = setting.rows * setting.width
-        return out + sum(one.bytes * used // pages if one.shape[:1] == (pages,) else one.bytes for one in given)
+        return out + sum(
+            one.bytes * used // pages if one.shape[:1] == (pages,) else one.bytes for one in given
+        )
+    if kernel == "append_token":
+        pools = [one for one in given if one.shape[:1] == results[0].shape[:1]]
+        rest = sum(one.bytes for one in given if one not in pools)
+        return rest + 2 * setting.rows * sum(token_bytes(one, i == 0, pools) for i, one in enumerate(pools))
     if kernel == "quantized_matmul":
         # [layers, outputs, inputs]; each tile of outputs reads x again, unless it stays in place.
         values = operands[2]
@@ -84,6 +90,15 @@ def of_kernel(
         total += 0 if values is None else values.bytes // values.shape[0]
         return total + out + x_bytes(operands[1], results[0].shape[1])
     return None
+
+
+def token_bytes(pool: Array, first: bool, pools: list[Array]) -> int:
+    """Read, and written again, for one token: of keys, which are the first of several pools, a strip of their page."""
+    from maxstack.kernels.paged_attention.mosaic_tpu_token import STRIP_BYTES
+
+    page = pool.bytes // pool.shape[0]
+    keys = first and len(pools) > 1 and pool.shape[-1] % 128 == 0
+    return page * STRIP_BYTES * 8 // bits(pool.dtype) // pool.shape[2] if keys else page
 
 
 def x_bytes(x: Array | None, outputs: int) -> int:
@@ -137,7 +152,7 @@ def by_part(found: list[Moved]) -> Counter[str]:
     for one in found:
         name = one.name.partition(".")[0]
         kind = name if name in ("paged_attention", "quantized_matmul") else one.op
-        if "dynamic_update_slice" in one.source or "_where" in one.source:
+        if name == "append_token":
             kind = "new keys and values"
         elif "dot_general" in one.source:
             kind = "products"
