@@ -4,8 +4,8 @@
     python benchmarks/aot_decode.py v6e-8b-int8 --rows 64    # one of them
     python benchmarks/aot_decode.py --record                 # also writes maxstack/bench/serve/steps.json and the table
 
-The step is the engine's own (maxstack/serve/programs.py), over shapes: nothing is there. Every row has filled its pages,
-2,048 tokens. Times are those of a roofline: nothing of this has been measured.
+The step is the engine's own (maxstack/serve/programs.py), over shapes: nothing is there. Every row has filled its
+pages, 2,048 tokens. Times are those of a roofline: nothing of this has been measured.
 """
 
 import argparse
@@ -37,9 +37,9 @@ def table(records: dict[str, dict[str, Any]]) -> str:
         for step in record["steps"]:
             floor = step["weights"] + step["cache"]
             lines.append(
-                f"| {name} | {step['rows']} | {floor / 1e9:.2f} | {step['moved'] / 1e9:.2f} | {floor / step['moved']:.0%} "
-                f"| {step['memory'] / 2**30:.1f} | {step['collectives']} | {step['sent'] / 1e6:.1f} "
-                f"| {seconds(record['chip'], step) * 1e3:.1f} |"
+                f"| {name} | {step['rows']} | {floor / 1e9:.2f} | {step['moved'] / 1e9:.2f} "
+                f"| {floor / step['moved']:.0%} | {step['memory'] / 2**30:.1f} | {step['collectives']} "
+                f"| {step['sent'] / 1e6:.1f} | {seconds(record['chip'], step) * 1e3:.1f} |"
             )
     return "\n".join(lines)
 

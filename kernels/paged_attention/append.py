@@ -6,8 +6,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from maxstack.kernels import cpu_native, dispatch
-from maxstack.kernels.paged_attention.cache import KVCache, LatentCache, Lengths, Table, head_size, quantized
 from maxstack.kernels.paged_attention import mosaic_tpu_token
+from maxstack.kernels.paged_attention.cache import KVCache, LatentCache, Lengths, Table, head_size, quantized
 from maxstack.kernels.paged_attention.mosaic_tpu_append import Pool, append_pages, declined
 from maxstack.kernels.sharded import varying, varying_over
 

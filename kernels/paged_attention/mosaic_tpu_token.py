@@ -103,7 +103,7 @@ def filled(x_bkh: Array) -> Array:
     return jnp.pad(x_bkh.astype(jnp.float32), ((0, 0), (0, -k % SUBLANES), (0, -h % LANES)))
 
 
-def _kernel(page_ref, place_ref, *refs, turned: list[bool], scaled: bool):
+def _kernel(page_ref, place_ref, *refs, turned: list[bool], scaled: bool):  # noqa: C901, a ring of copies
     """One sequence's token."""
     count = len(turned) * (2 if scaled else 1)
     new, refs = refs[: len(turned)], refs[len(turned) + count :]  # the pools come again, as outputs

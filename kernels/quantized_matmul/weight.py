@@ -53,8 +53,8 @@ class QuantizedWeight:
     group: int = dataclasses.field(metadata={"static": True})
     """Inputs that share a scale."""
     layer: Any = None
-    """Where `values` are a stack of many layers', [layers, N, K]: the one that is meant. A kernel finds it there; cut out
-    of its stack by XLA it would be a copy. Scales are those of the layer: XLA would fetch all that a stack has."""
+    """Where `values` are a stack of many layers', [layers, N, K]: the one that is meant. A kernel finds it there; cut
+    out of its stack by XLA it would be a copy. Scales are those of the layer: XLA would fetch all of their stack."""
 
     @property
     def outputs(self) -> int:

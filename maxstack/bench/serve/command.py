@@ -101,7 +101,8 @@ def _check(args: argparse.Namespace) -> None:
         named = args.simulate in kept()
         if (args.model is not None) == named or args.url or args.trace:
             raise UserError(
-                "--simulate wants --model and a chip, or the name of a step compiled before, and neither --url nor --trace"
+                "--simulate wants a chip and --model, or the name of a step compiled before alone; neither --url nor "
+                "--trace"
             )
     elif (args.url is None) == (args.model is None):
         raise UserError(

@@ -22,8 +22,8 @@ OF_BANDWIDTH, OF_PRODUCTS = 0.8, 0.5
 
 
 def predict(model: str | None, chip: str, load: Load, target_s: dict[str, float]) -> Report:
-    """Serve a load on one chip, or as a step that was compiled before and kept by name. Raises UserError for a chip that
-    is not known, or too small."""
+    """Serve a load on one chip, or as a step that was compiled before and kept by name. Raises UserError for a chip
+    that is not known, or too small."""
     if chip not in CHIPS and chip not in recorded.kept():
         raise UserError(
             f"--simulate {chip}: no such chip is known; there are {', '.join(CHIPS)}, and steps compiled before: "
