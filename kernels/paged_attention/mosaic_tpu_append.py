@@ -185,11 +185,11 @@ def _put_head(x, page_ref, scale_ref, head: int, turn: bool, begin, end):
         inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1.0), 0.0)
         x = jnp.clip(jnp.round(x * inverse), -largest, largest)
     x = x.T if turn else x
-    kept = jnp.where(among(x.shape, 1 if turn else 0), x, _wide(page_ref[...]))
-    page_ref[...] = _narrow(kept, page_ref.dtype)
+    kept = jnp.where(among(x.shape, 1 if turn else 0), x, wide(page_ref[...]))
+    page_ref[...] = narrow(kept, page_ref.dtype)
 
 
-def _wide(x):
+def wide(x):
     """Float32; integers by way of int32, the one way that every chip has."""
     return (
         x.astype(jnp.int32).astype(jnp.float32)
@@ -198,7 +198,7 @@ def _wide(x):
     )
 
 
-def _narrow(x, dtype):
+def narrow(x, dtype):
     return x.astype(jnp.int32).astype(dtype) if jnp.issubdtype(dtype, jnp.integer) else x.astype(dtype)
 
 

@@ -17,6 +17,10 @@ class Packed(Buffer):
     """An array of a packed weight: saved, not trained."""
 
 
+class Layer(nnx.Variable):
+    """A number of a layer."""
+
+
 class PackedMatrix(nnx.Module):
     """A matrix [N outputs, K inputs] in few bits. Stacked copies have further axes in front.
 
@@ -30,19 +34,30 @@ class PackedMatrix(nnx.Module):
         self.values = Packed(w.values, axes=axes)
         self.scale = Packed(w.scale, axes=(*front, "whole" if w.group == w.inputs else inputs, outputs))
         self.inputs, self.group = w.inputs, w.group
+        self.layer: Layer | None = nnx.data(None)
 
     @property
     def weight(self) -> QuantizedWeight:
         """The weight as kernels take it."""
         values, scale = self.values[...], self.scale[...]
-        return QuantizedWeight(values=values, scale=scale, zero=None, inputs=self.inputs, group=self.group)
+        layer = None if self.layer is None else self.layer[...]
+        return QuantizedWeight(
+            values=values, scale=scale, zero=None, inputs=self.inputs, group=self.group, layer=layer
+        )
+
+    def of_layer(self, layer: Array, scale: Packed) -> "PackedMatrix":
+        """Of a stack of matrices [layers, …] the one of a layer, with its scales; its values stay in their stack."""
+        leaves, treedef = jax.tree.flatten(self)
+        copy = jax.tree.unflatten(treedef, leaves)
+        copy.layer, copy.scale = nnx.data(Layer(layer)), scale
+        return copy
 
     def __call__(self, x: Float[Array, "... k"], dtype: jnp.dtype | None = None) -> Float[Array, "... n"]:
         return quantized_matmul(x, self.weight, dtype=dtype)
 
     def whole(self, dtype: jnp.dtype) -> Float[Array, "n k"]:
         """The matrix in full precision; on a mesh every device gets all of it, gathered in few bits."""
-        return dequantize(jax.tree.map(sharding.whole, self.weight), dtype)
+        return dequantize(jax.tree.map(sharding.whole, self.weight.one()), dtype)
 
 
 class PackedLinear(nnx.Module):

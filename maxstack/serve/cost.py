@@ -42,6 +42,10 @@ class Cost:
     """Rates that are reached, not the peaks."""
     step_s: int | float = 0.0
     """What every step takes besides."""
+    bytes_a_token: int | float = 0.0
+    """What each token of a step moves besides: its key and value written, its activations and logits."""
+    seconds_a_token: int | float = 0.0
+    """What it takes besides, to travel between chips."""
 
     def seconds(self, plan: Plan) -> float:
         """Time of a plan: each of its steps reads the weights, the keys and values of its rows, and no others."""
@@ -53,9 +57,10 @@ class Cost:
                 tokens += places(plan.chunk_shape)
                 keys += sum(chunk.end for chunk in plan.chunks)
                 pairs += sum(chunk.count * (chunk.start + chunk.end) // 2 for chunk in plan.chunks)
-            read = self.weight_bytes + keys * self.kv_bytes_a_token
+            read = self.weight_bytes + keys * self.kv_bytes_a_token + tokens * self.bytes_a_token
             flops = tokens * self.flops_a_token + pairs * self.attention_flops_a_pair
-            total += max(read / self.bytes_a_second, flops / self.flops_a_second) + self.step_s
+            total += max(read / self.bytes_a_second, flops / self.flops_a_second)
+            total += self.step_s + tokens * self.seconds_a_token
         return total
 
 

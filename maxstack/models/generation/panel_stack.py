@@ -1,7 +1,7 @@
-"""Panels of all layers in one array, so that a loop over the layers reads each where it lies.
+"""Matrices of all layers in one array, so that a loop over the layers reads each where it lies.
 
-A scan cuts the layer's part out of what it goes over, and on a CPU that copies every weight at every step. What is here
-is held back from the cutting: C++ gets the whole array, and the number of the layer.
+A scan cuts the layer's part out of what it goes over; where a kernel or C++ reads it, that is a copy of every weight at
+every step. Such matrices are held back from the cutting: the kernel gets the whole array, and the number of the layer.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from maxstack.kernels import cpu_native
 from maxstack.models.generation.matrix import in_panels, new_panels, shortened
 from maxstack.models.layers import Weight
+from maxstack.models.packed import PackedMatrix
 
 
 class PanelStack(nnx.Module):
@@ -44,13 +45,31 @@ class OfLayer(NamedTuple):
 
 
 def held_back(layers: Any) -> tuple[list[Any], Callable[[list[Any], Int[Array, ""]], Any]]:
-    """The arrays that a scan over stacked layers may cut, and a function from what it has cut of them, and the number
-    of the layer, to the layer."""
-    parts, treedef = jax.tree.flatten(layers, is_leaf=lambda part: isinstance(part, PanelStack))
+    """What a scan over stacked layers may cut, and a function from what it has cut of that, and the number of the
+    layer, to the layer."""
+    parts, treedef = jax.tree.flatten(layers, is_leaf=stays_whole)
 
     def layer(cut: list[Any], number: Int[Array, ""]) -> Any:
-        arrays = iter(cut)
-        whole = [OfLayer(p, number) if isinstance(p, PanelStack) else next(arrays) for p in parts]
+        whole = [found(part, mine, number) for part, mine in zip(parts, cut, strict=True)]
         return jax.tree.unflatten(treedef, whole)
 
-    return [part for part in parts if not isinstance(part, PanelStack)], layer
+    return [may_cut(part) for part in parts], layer
+
+
+def stays_whole(part: Any) -> bool:
+    """Whether layers find their own in it: of what a scan has cut, a kernel would read a copy."""
+    return isinstance(part, PanelStack) or (isinstance(part, PackedMatrix) and part.values[...].ndim == 3)
+
+
+def may_cut(part: Any) -> Any:
+    """The arrays of a part that a scan may cut."""
+    if isinstance(part, PanelStack):
+        return None
+    return part.scale if stays_whole(part) else part
+
+
+def found(part: Any, mine: Any, layer: Int[Array, ""]) -> Any:
+    """A layer's own part, where `mine` is what was cut of it."""
+    if isinstance(part, PanelStack):
+        return OfLayer(part, layer)
+    return part.of_layer(layer, mine) if stays_whole(part) else mine
