@@ -13,10 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from maxstack.kernels import cpu_native
-from maxstack.models.generation.matrix import ByOutput, Panels, matrix, native
+from maxstack.models.generation.matrix import ByOutput, PackedPanels, Panels, matrix, native
 from maxstack.models.layers import Embedding, Linear, RMSNorm, Weight, soft_cap
 from maxstack.models.moe import MoE
-from maxstack.models.packed import PackedMatrix
+from maxstack.models.packed import PackedLinear, PackedMatrix
 from maxstack.models.transformer import Transformer
 
 Replacements = Mapping[type, Callable[[Any], Any]]
@@ -28,7 +28,7 @@ class Unstacked(NamedTuple):
     blocks: tuple[Any, ...]
     outer: Transformer
     """The model without its stacks and output projection."""
-    head: Panels | ByOutput | PackedMatrix
+    head: Panels | ByOutput | PackedPanels | PackedMatrix
     """The output projection [d, v]."""
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
@@ -41,10 +41,14 @@ class Unstacked(NamedTuple):
 class RowsLinear(nnx.Module):
     """A Linear for products with rows of tokens."""
 
-    def __init__(self, linear: Linear, dtype: jnp.dtype):
-        w, contract = np.asarray(linear.w[...]), linear.contract
-        self.inputs, self.outputs = w.shape[:contract], w.shape[contract:]
-        self.w = matrix(w.reshape(math.prod(self.inputs), -1).T, dtype)
+    def __init__(self, linear: Linear | PackedLinear, dtype: jnp.dtype):
+        if isinstance(linear, PackedLinear):
+            self.inputs, self.outputs = linear.inputs, linear.outputs
+            self.w = PackedPanels(linear.w.weight)
+        else:
+            w, contract = np.asarray(linear.w[...]), linear.contract
+            self.inputs, self.outputs = w.shape[:contract], w.shape[contract:]
+            self.w = matrix(w.reshape(math.prod(self.inputs), -1).T, dtype)
         self.b = linear.b
 
     def __call__(self, x: Float[Array, "b t ..."]) -> Float[Array, "b t ..."]:
@@ -72,8 +76,11 @@ class RowsNorm(nnx.Module):
 
 def for_rows(dtype: jnp.dtype) -> Replacements:
     """What modules become on a CPU."""
-    norms: Replacements = {RMSNorm: RowsNorm} if native() else {}
-    return {Linear: lambda linear: RowsLinear(linear, dtype), **norms}
+
+    def rows(linear: Linear | PackedLinear) -> RowsLinear:
+        return RowsLinear(linear, dtype)
+
+    return {Linear: rows, **({RMSNorm: RowsNorm, PackedLinear: rows} if native() else {})}
 
 
 # The weights of products that modules of these types hold themselves.
@@ -122,7 +129,7 @@ def unstack(model: Transformer) -> Unstacked:
     head, outer.stacks, outer.head = outer.head, nnx.List([]), None
     outer = cast_products(outer, dtype, replace)
     if isinstance(head, PackedMatrix):
-        return Unstacked(tuple(blocks), outer, head)
+        return Unstacked(tuple(blocks), outer, PackedPanels(head.weight) if native() else head)
     table = model.embedding.table[...] if head is None else np.asarray(head[...]).T
     return Unstacked(tuple(blocks), outer, matrix(table, dtype))
 
