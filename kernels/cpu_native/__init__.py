@@ -13,9 +13,9 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8, Int32, Shaped,
 from maxstack.kernels.cpu_native.build import PREFIX, problem
 
 __all__ = [
-    "MOST_ROWS", "PANEL", "available", "cached_attention", "grouped_int4_product", "grouped_int8_product",
-    "int4_panel_product", "int4_product", "int8_product", "paged_attention", "panel_product", "problem", "rms_norm", "row_exponentials",
-    "row_sums", "write_rows",
+    "MOST_ROWS", "PANEL", "VALUES_A_WORD", "available", "cached_attention", "grouped_int4_product",
+    "grouped_int8_product", "int4_panel_product", "int4_product", "int8_product", "paged_attention", "panel_product",
+    "problem", "rms_norm", "row_exponentials", "row_sums", "write_rows",
 ]  # fmt: skip
 
 MOST_ROWS = 16

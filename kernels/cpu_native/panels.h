@@ -30,7 +30,7 @@ inline Vec spread(float x) {
 // Panels that B rows are multiplied with at once, so that there are sums enough for the multipliers to work on, and
 // streams enough from memory.
 template <int B>
-constexpr int kAtOnce = B == 1 ? 4 : std::max(1, 8 / (B * kVecs));
+constexpr int kAtOnce = B <= 2 ? 4 / B : std::max(1, 6 / (B * kVecs));
 
 // run(B) with B, a constant, for as many rows.
 template <int B, typename Run>
