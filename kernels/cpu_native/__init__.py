@@ -8,15 +8,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8, Int32, Shaped, UInt8
+from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8, Int32, Shaped, UInt8, UInt32
 
 from maxstack.kernels.cpu_native.build import PREFIX, problem
 
 __all__ = [
-    "MOST_ROWS", "PANEL", "available", "cached_attention", "grouped_int4_product", "grouped_int8_product",
-    "int4_product", "int8_product", "paged_attention", "panel_product", "panel_product_at",
-    "problem", "rms_norm", "row_exponentials", "row_sums", "untouched",
-    "write_rows",
+    "MOST_ROWS", "PANEL", "VALUES_A_WORD", "available", "cached_attention", "grouped_int4_product",
+    "grouped_int8_product", "int4_panel_product", "int4_product", "int8_product", "paged_attention", "panel_product",
+    "panel_product_at", "problem", "rms_norm", "row_exponentials", "row_sums", "untouched", "write_rows",
 ]  # fmt: skip
 
 MOST_ROWS = 16
@@ -30,15 +29,34 @@ def available() -> bool:
 
 PANEL = 16
 """Outputs of a panel."""
+VALUES_A_WORD = 8
+"""Of 4 bits, in a word of 32."""
 
 
 def panel_product(
-    x_tk: Float32[Array, "t k"], w_pko: Float32[Array, "p k 16"] | BFloat16[Array, "p k 16"]
+    x_tk: Float32[Array, "t k"],
+    w_pko: Float32[Array, "p k 16"] | BFloat16[Array, "p k 16"] | Int8[Array, "p k 16"],
+    scale_n: Float32[Array, "n"] | None = None,
 ) -> Float32[Array, "t n"]:
-    """`x w` for any number of rows, with w's outputs in panels. A row's result does not depend on how many there
-    are: each output is summed over k in order."""
+    """`x w` for any number of rows, with w's outputs in panels, each output times its scale. A row's result does not
+    depend on how many there are: each output is summed over k in order."""
     out = jax.ShapeDtypeStruct((x_tk.shape[0], w_pko.shape[0] * PANEL), jnp.float32)
-    return jax.ffi.ffi_call(PREFIX + "panel_product", out)(x_tk, w_pko)
+    scale = jnp.zeros((0,), jnp.float32) if scale_n is None else scale_n
+    return jax.ffi.ffi_call(PREFIX + "panel_product", out)(x_tk, w_pko, scale)
+
+
+def int4_panel_product(
+    x_tk: Float32[Array, "t k"], words_pco: UInt32[Array, "p c 16"], scale_pgo: BFloat16[Array, "p g 16"],
+    zero_pgo: BFloat16[Array, "p g 16"] | None, *, group: int,
+) -> Float32[Array, "t n"]:  # fmt: skip
+    """The same with eight values of 4 bits a word, each kept as itself plus 8, and scales for groups of 32 or 128
+    inputs; a zero point is kept as `(8 + zero) / 8`."""
+    rows, words = x_tk.shape[0], words_pco.shape[1]
+    out = jax.ShapeDtypeStruct((rows, words_pco.shape[0] * PANEL), jnp.float32)
+    laid = jax.ShapeDtypeStruct((rows, words * VALUES_A_WORD + scale_pgo.shape[1]), jnp.float32)
+    zero = jnp.zeros((0,), jnp.bfloat16) if zero_pgo is None else zero_pgo
+    call = jax.ffi.ffi_call(PREFIX + "int4_panel_product", (out, laid))
+    return call(x_tk, words_pco, scale_pgo, zero, group=np.int64(group))[0]
 
 
 def panel_product_at(

@@ -24,9 +24,10 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "quantized.cc": FAST,
     "pages.cc": (),
     "panels.cc": (),
+    "packed.cc": (),
 }
 """Files and their own flags."""
-HEADERS = ("pieces.h",)
+HEADERS = ("pieces.h", "panels.h")
 SWITCH = "MAXSTACK_NATIVE"
 """Environment variable: 0 does without."""
 COMPILERS = ("c++", "g++", "clang++")
@@ -36,7 +37,7 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 LINK = ("-shared",)
 NAMES = (
     "cached_attention", "int8_product", "int4_product", "grouped_int8_product", "grouped_int4_product",
-    "paged_attention", "panel_product", "panel_product_at", "rms_norm", "row_exponentials",
+    "int4_panel_product", "paged_attention", "panel_product", "panel_product_at", "rms_norm", "row_exponentials",
     "row_sums", "untouched", "write_rows",
 )  # fmt: skip
 PREFIX = "maxstack_"

@@ -11,6 +11,7 @@ from maxstack.kernels import Unsupported
 from maxstack.kernels.dispatch import Later, chip, choose, only_on
 from maxstack.kernels.quantized_matmul import native, reference, xla
 from maxstack.kernels.quantized_matmul.layout import lay_out
+from maxstack.kernels.quantized_matmul.panels import PanelWeight, from_panels, in_panels, panel_matmul
 from maxstack.kernels.quantized_matmul.weight import (
     KINDS,
     Kind,
@@ -23,8 +24,8 @@ from maxstack.kernels.quantized_matmul.weight import (
 from maxstack.kernels.sharded import varying, varying_over
 
 __all__ = [
-    "KINDS", "Activations", "Implementation", "Kind", "QuantizedWeight", "Storage", "dequantize", "quantize",
-    "quantized_matmul", "stored",
+    "KINDS", "Activations", "Implementation", "Kind", "PanelWeight", "QuantizedWeight", "Storage", "dequantize",
+    "from_panels", "in_panels", "panel_matmul", "quantize", "quantized_matmul", "stored",
 ]  # fmt: skip
 
 Implementation = Literal["auto", "mosaic_tpu", "mosaic_gpu", "cpu_native", "xla", "reference"]

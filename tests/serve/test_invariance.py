@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+from typing import Any, cast
 
 import pytest
 
 from maxstack.kernels import cpu_native
 from maxstack.models.adapters import AdapterSlots
 from maxstack.models.generation import SamplingParams
+from maxstack.models.packing import packed
 from maxstack.serve import Engine, invariant
 from tests.models.tiny import CONFIGS, build
 from tests.serve.driven import CONFIG, LIMITS, device_of, prompts
@@ -32,8 +34,8 @@ PARAMS = [
 
 
 @functools.cache
-def model():
-    return build(CONFIG)
+def model(weights: str | None = None):
+    return packed(build(CONFIG), cast(Any, weights)) if weights else build(CONFIG)
 
 
 def test_invariant_mode_is_for_what_xla_computes(monkeypatch):
@@ -51,8 +53,8 @@ def test_invariant_mode_is_for_what_xla_computes(monkeypatch):
 
 
 @functools.cache
-def alone():
-    with Engine(model(), limits=LIMITS, buckets=(1, 4)) as engine:
+def alone(weights: str | None = None):
+    with Engine(model(weights), limits=LIMITS, buckets=(1, 4)) as engine:
         return [answer(engine.generate([p], own)) for p, own in zip(PROMPTS, PARAMS, strict=True)]
 
 
@@ -80,10 +82,22 @@ def test_company_chunks_preemption_and_speculation_change_no_bit(changes):
             assert engine.asynchronous.scheduler.counters.num_preemptions > 0
         again = engine.generate(PROMPTS[::-1], PARAMS[::-1])[::-1]  # prefixes are cached now
     for given in (together, again):
-        for one, wanted in zip(given, alone(), strict=True):
-            assert answer([one]) == wanted
+        same(given, alone())
 
 
 @pytest.mark.slow
 def test_invariant_mode_also_holds_where_cpp_and_xla_compute_together():
     check(device_of(build(CONFIGS["mixture"]), MODE), 12, seed=5)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4-g32"])
+def test_nor_do_they_of_a_model_in_few_bits(weights):
+    limits = dataclasses.replace(LIMITS, chunks=((2, 6, 6), (4, 16, 16)))
+    with Engine(model(weights), limits=limits, buckets=(2, 4)) as engine:
+        together = engine.generate(PROMPTS, PARAMS)
+    same(together, alone(weights))
+
+
+def same(given: list, wanted: list) -> None:
+    for one, meant in zip(given, wanted, strict=True):
+        assert answer([one]) == meant

@@ -15,11 +15,11 @@ from jaxtyping import Array, Float
 from maxstack.kernels import cpu_native
 from maxstack.models.attention import AttentionConfig
 from maxstack.models.feed_forward import FeedForwardConfig
-from maxstack.models.generation.matrix import ByOutput, Panels, matrix, native, shortened
+from maxstack.models.generation.matrix import ByOutput, PackedPanels, Panels, matrix, native, shortened
 from maxstack.models.generation.panel_stack import PanelStack
 from maxstack.models.layers import Embedding, Linear, RMSNorm, Weight, soft_cap
 from maxstack.models.moe import MoE
-from maxstack.models.packed import Packed, PackedMatrix
+from maxstack.models.packed import Packed, PackedLinear, PackedMatrix
 from maxstack.models.transformer import Transformer
 from maxstack.models.tree import named_variables
 
@@ -32,7 +32,7 @@ class Unstacked(NamedTuple):
     blocks: tuple[Any, ...]
     outer: Transformer
     """The model without its stacks and output projection."""
-    head: Panels | ByOutput | PackedMatrix
+    head: Panels | ByOutput | PackedPanels | PackedMatrix
     """The output projection [d, v]."""
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
@@ -47,7 +47,7 @@ class Looped(NamedTuple):
 
     model: Transformer
     """Without its output projection."""
-    head: Panels | PackedMatrix
+    head: Panels | PackedMatrix | PackedPanels
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """As `Transformer.logits`, of few tokens."""
@@ -57,15 +57,19 @@ class Looped(NamedTuple):
 class RowsLinear(nnx.Module):
     """A Linear for products with rows of tokens; with `threads`, those of all layers of a stack."""
 
-    def __init__(self, linear: Linear, dtype: jnp.dtype, threads: Executor | None = None):
-        w, contract = np.asarray(linear.w[...]), linear.contract
-        own = w.shape[w.ndim - len(linear.axes) :]
-        self.inputs, self.outputs = own[:contract], own[contract:]
-        w_io = w.reshape(*w.shape[: w.ndim - len(own)], math.prod(self.inputs), -1)
-        if threads is None:
-            self.w: Any = matrix(w_io.T, dtype)
+    def __init__(self, linear: Linear | PackedLinear, dtype: jnp.dtype, threads: Executor | None = None):
+        if isinstance(linear, PackedLinear):
+            self.inputs, self.outputs = linear.inputs, linear.outputs
+            self.w: Any = PackedPanels(linear.w.weight)
         else:
-            self.w = PanelStack(w_io.swapaxes(1, 2), threads)
+            w, contract = np.asarray(linear.w[...]), linear.contract
+            own = w.shape[w.ndim - len(linear.axes) :]
+            self.inputs, self.outputs = own[:contract], own[contract:]
+            w_io = w.reshape(*w.shape[: w.ndim - len(own)], math.prod(self.inputs), -1)
+            if threads is None:
+                self.w = matrix(w_io.T, dtype)
+            else:
+                self.w = PanelStack(w_io.swapaxes(1, 2), threads)
         self.b = linear.b
 
     def __call__(self, x: Float[Array, "b t ..."]) -> Float[Array, "b t ..."]:
@@ -93,8 +97,11 @@ class RowsNorm(nnx.Module):
 
 def for_rows(dtype: jnp.dtype) -> Replacements:
     """What modules become on a CPU."""
-    norms: Replacements = {RMSNorm: RowsNorm} if native() else {}
-    return {Linear: lambda linear: RowsLinear(linear, dtype), **norms}
+
+    def rows(linear: Linear | PackedLinear) -> RowsLinear:
+        return RowsLinear(linear, dtype)
+
+    return {Linear: rows, **({RMSNorm: RowsNorm, PackedLinear: rows} if native() else {})}
 
 
 # The weights of products that modules of these types hold themselves.
@@ -185,7 +192,7 @@ def without_stacks(model: Transformer, replace: Replacements) -> tuple[Transform
     replace = {**replace, Embedding: lambda embedding: with_short_table(embedding, dtype)}
     outer = placed(cast_products(outer, dtype, replace), dtype)
     if isinstance(head, PackedMatrix):
-        return outer, head
+        return outer, PackedPanels(head.weight) if native() else head
     table = np.asarray(model.embedding.table[...]) if head is None else np.asarray(head[...]).T
     return outer, matrix(table, dtype)
 
@@ -199,7 +206,7 @@ def with_short_table(embedding: Embedding, dtype: jnp.dtype) -> Embedding:
     return copy
 
 
-LAID_OUT = (Panels, PanelStack, Embedding)
+LAID_OUT = (Panels, PanelStack, PackedPanels, PackedMatrix, Embedding)
 """What has its own type by now."""
 
 
