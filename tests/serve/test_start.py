@@ -29,19 +29,9 @@ from tests.models.tiny import CONFIGS, build
 from tests.serve.driven import CONFIG, LIMITS
 
 native = pytest.mark.skipif(not cpu_native.available(), reason="there is no C++")
-KERNELS = ["jax.experimental.pallas", "jax.experimental.mosaic", "jax._src.pallas"]
-FRONT = ["fastapi", "uvicorn", "pydantic", "prometheus_client", "rich"]
-STRANGERS = [
-    "transformers",
-    "torch",
-    "orbax",
-    "grain",
-    "tensorstore",
-    "scipy",
-    "matplotlib",
-    "openai",
-    "llguidance",
-]
+KERNELS = ["jax.experimental.pallas", "jax.experimental.mosaic"]
+FRONT = ["fastapi", "uvicorn", "prometheus_client"]
+STRANGERS = ["transformers", "torch", "orbax", "grain", "scipy", "matplotlib", "openai"]
 IMPORTS = f"""
 import json, sys
 def there(*names): return [name for name in names if name in sys.modules]
@@ -127,14 +117,14 @@ def test_layers_are_read_where_they_lie_as_each_alone():
         alone = Panels(np.asarray(linear.w[...])[layer].T)
         found = cpu_native.panel_product_at(x, block.feed_forward.up.w.w[...], jnp.int32(layer))
         np.testing.assert_array_equal(found[:, : alone.outputs], alone(x))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="no such matrix"):
+    with pytest.raises(ValueError, match="no such matrix"):
         jax.block_until_ready(cpu_native.panel_product_at(x, block.feed_forward.up.w.w[...], jnp.int32(2)))
 
 
 @native
 def test_layers_with_other_matrices_are_written_out():
     assert can_loop(build(CONFIG))
-    assert not any(can_loop(build(CONFIGS[name])) for name in ("latent", "experts"))
+    assert not any(can_loop(build(CONFIGS[name])) for name in ("latent", "mixture"))
 
 
 @native
