@@ -28,7 +28,7 @@ SIZES: dict[str, dict[str, int]] = {
         "d": 576, "layers": 30, "heads": 9, "kv_heads": 3, "head_dim": 64, "ff": 1536, "vocabulary": 49_152,
     },
 }  # fmt: skip
-CONTENDERS = ("maxstack", "eager", "compile")
+CONTENDERS = ("maxstack", "before", "eager", "compile")
 
 
 def resident_gib(field: str) -> float:
@@ -112,20 +112,23 @@ def serve(args: argparse.Namespace) -> None:
 
 
 class Trainer(Contender):
-    """A process that does a step when asked."""
+    """A process that does a step when asked. "before" is the same benchmark of another checkout, `args.before`."""
 
     def __init__(self, name: str, size: str, dtype: str, args: argparse.Namespace):
         self.took, here = [], Path(__file__).resolve().parent
         shared = ["--dtype", dtype, "--accumulation", str(args.accumulation), "--warmup", str(args.warmup)]
-        if name == "maxstack":
+        place = here.parent
+        if name in ("maxstack", "before"):
+            place = Path(args.before).resolve() if name == "before" else place
             extra = ["--dump", args.dump, "--profile", args.profile, "--remat", args.remat]
-            command = [sys.executable, __file__, "--serve", "--sizes", size, *extra, *shared]
+            script = str(place / "benchmarks" / Path(__file__).name)
+            command = [sys.executable, script, "--serve", "--sizes", size, *extra, *shared]
         else:
             shape = SIZES[size] | {"length": LENGTH, "rows": ROWS // args.accumulation}
             flags = [part for key, n in shape.items() for part in (f"--{key.replace('_', '-')}", str(n))]
             script = str(here / "torch_train.py")
             command = [args.torch_python, script, "--serve", "--mode", name, *flags, *shared]
-        super().__init__(name, command)
+        super().__init__(name, command, place)
 
     def step(self) -> None:
         """One more step."""
@@ -154,7 +157,7 @@ def compare(size: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
         ours, best = reports["maxstack"], max(peers, key=lambda r: r["tokens_per_second"])
         # Of the same round, so that a disturbance of the machine meets both.
         ratios = [b / a for a, b in zip(ours["seconds"], best["seconds"], strict=True)]
-        row |= {"speed_ratio": statistics.median(ratios), "best_peer": best["mode"]}
+        row |= {"speed_ratio": statistics.median(ratios), "best_peer": best.get("mode", "before")}
         row["memory_ratio"] = ours["peak_rss_gib"] / best["peak_rss_gib"]
     return row
 
@@ -182,7 +185,12 @@ def main() -> None:
     parser.add_argument("--torch-python", default=sys.executable, help="interpreter that has torch")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["30m"])
     parser.add_argument("--dtypes", nargs="+", choices=("bf16", "f32"), default=["bf16", "f32"])
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, default=["maxstack", "eager", "compile"]
+    )
+    parser.add_argument(
+        "--before", default="", help="another checkout of this repository, for that contender"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2, help="steps before the first timed one")
     parser.add_argument(

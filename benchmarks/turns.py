@@ -10,10 +10,12 @@ from typing import IO, Any, cast
 class Contender:
     """Started, and waited for until it says that it is ready. Raises RuntimeError when it ends before its time."""
 
-    def __init__(self, name: str, command: list[str]):
+    def __init__(
+        self, name: str, command: list[str], checkout: Path = Path(__file__).resolve().parent.parent
+    ):
         environment = {
             **os.environ,
-            "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+            "PYTHONPATH": str(checkout),
             "JAX_PLATFORMS": "cpu",
         }
         self.name = name
