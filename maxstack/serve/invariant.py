@@ -77,7 +77,8 @@ def check_rows(device: Device) -> None:
     for i, answer in enumerate(said(device, [prompt] * min(places, limits.rows))):
         if answer != alone:
             raise RuntimeError(
-                f"invariant mode: place {i} of a chunk computes {answer}, the first one alone {alone}"
+                f"invariant mode: place {i} of a chunk computes {answer}, the first one alone {alone}; give "
+                "Limits.chunks one row, or serve without the mode"
             )
     pages = device._table[0].copy()
     for rows in ([0], [limits.rows - 1], list(range(limits.rows))):
@@ -85,7 +86,7 @@ def check_rows(device: Device) -> None:
             if answer != alone[1]:
                 raise RuntimeError(
                     f"invariant mode: row {row} of {limits.rows} computes {answer} where {len(rows)} rows have work, a "
-                    f"request alone {alone[1]}"
+                    f"request alone {alone[1]}; another number of rows may do better, or serve without the mode"
                 )
     device.reset()
 
