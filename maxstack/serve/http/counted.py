@@ -3,16 +3,14 @@
 import time
 from typing import Any
 
-from maxstack.serve.http.errors import ApiError
+from maxstack.serve.http.errors import ended
 from maxstack.serve.http.operation import Seen
 
 
 def finish_of(reason: str | None, seen: Seen) -> str:
     """A finish reason as OpenAI has it. Raises for an end that is a failure."""
-    if reason == "deadline":
-        raise ApiError(504, "the request was not done within its time", code="deadline_exceeded")
     if reason not in ("stop", "length"):
-        raise ApiError(503, f"the request was ended by the server: {reason}", code="cancelled")
+        raise ended(reason)
     seen.finish_reasons.append(reason)
     return reason
 
