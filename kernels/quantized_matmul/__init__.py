@@ -131,7 +131,7 @@ def product(
         form = mosaic_tpu.int8_product if taken == "mosaic_tpu" else xla.int8_product
         return form(q_tk, scale_t, w).astype(dtype)
     forms = {
-        "mosaic_tpu": mosaic_tpu.quantized_matmul,
+        "mosaic_tpu": partial(mosaic_tpu.quantized_matmul, dtype=dtype),
         "mosaic_gpu": mosaic_gpu.quantized_matmul,
         "cpu_native": native.quantized_matmul,
         "xla": xla.quantized_matmul,
