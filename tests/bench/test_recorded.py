@@ -106,7 +106,7 @@ def test_costs_are_those_of_the_kept_steps():
     for record in kept().values():
         cost = cost_of(record, of_bandwidth=1.0, of_products=1.0)
         for step in record["steps"]:
-            request = Request(id="", prompt=(), arrived=0.0, max_tokens=9)
+            request = Request(id="", prompt=(1,), arrived=0.0, max_tokens=9)
             rows = tuple(Decode(row, request, step["length"] + 1, 1) for row in range(step["rows"]))
             plan = Plan(0, (), (), (), None, rows, 1)
             # Rows between the fewest and the most are on no line exactly.
