@@ -46,8 +46,9 @@ def table(records: dict[str, dict[str, Any]]) -> str:
 
 def keep(records: dict[str, dict[str, Any]]) -> None:
     """For the simulator, and as the table of the docs."""
-    from maxstack.bench.serve.recorded import FILE
+    from maxstack.bench.serve.recorded import FILE, SETTINGS
 
+    records = {name: records[name] for name in SETTINGS if name in records}
     FILE.write_text(json.dumps(records, indent=1) + "\n")
     before, found, rest = PAGE_OF_DOCS.read_text().partition(START)
     if found:
