@@ -14,8 +14,9 @@ from maxstack.kernels.cpu_native.build import PREFIX, problem
 
 __all__ = [
     "MOST_ROWS", "PANEL", "available", "cached_attention", "grouped_int4_product", "grouped_int8_product",
-    "int4_product", "int8_product", "paged_attention", "panel_product", "problem", "rms_norm", "row_exponentials",
-    "row_sums", "write_rows",
+    "int4_product", "int8_product", "paged_attention", "panel_product", "panel_product_at",
+    "problem", "rms_norm", "row_exponentials", "row_sums", "untouched",
+    "write_rows",
 ]  # fmt: skip
 
 MOST_ROWS = 16
@@ -38,6 +39,15 @@ def panel_product(
     are: each output is summed over k in order."""
     out = jax.ShapeDtypeStruct((x_tk.shape[0], w_pko.shape[0] * PANEL), jnp.float32)
     return jax.ffi.ffi_call(PREFIX + "panel_product", out)(x_tk, w_pko)
+
+
+def panel_product_at(
+    x_tk: Float32[Array, "t k"], w_lpko: Float32[Array, "l p k 16"] | BFloat16[Array, "l p k 16"],
+    at: Int32[Array, ""],
+) -> Float32[Array, "t n"]:  # fmt: skip
+    """`panel_product` with one of several matrices. A loop that cuts it out of them would copy it."""
+    out = jax.ShapeDtypeStruct((x_tk.shape[0], w_lpko.shape[1] * PANEL), jnp.float32)
+    return jax.ffi.ffi_call(PREFIX + "panel_product_at", out)(x_tk, w_lpko, at)
 
 
 def rms_norm(
@@ -139,6 +149,11 @@ def paged_attention(
         window=np.int64(window or 0), splits=np.int64(splits),
     )  # fmt: skip
     return y_btnh, lse_btn
+
+
+def untouched(shapes: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
+    """Arrays with anything in them, of memory that the system need not give before it is used."""
+    return list(jax.ffi.ffi_call(PREFIX + "untouched", list(shapes))())
 
 
 def write_rows(

@@ -140,19 +140,34 @@ void panels_product(ffi::ThreadPool& pool, const float* x, const W* w, float* y,
 
 }  // namespace
 
-// x [t, k], w [n / 16, k, 16] -> y [t, n] = x w
-static ffi::Error PanelProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
+// x [t, k], the `which` th of the matrices w [.., n / 16, k, 16] -> y [t, n] = x w
+static ffi::Error product_with(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, int64_t which,
                                ffi::ResultBuffer<ffi::F32> y) {
-  int64_t rows = x.dimensions()[0], k = x.dimensions()[1], panels = w.dimensions()[0];
+  int64_t rows = x.dimensions()[0], k = x.dimensions()[1], panels = w.dimensions()[w.dimensions().size() - 3];
   if (rows == 0 || k == 0) {
     std::fill_n(y->typed_data(), y->element_count(), 0.0f);
     return ffi::Error::Success();
   }
+  int64_t before = which * panels * k * kPanel;
   if (w.element_type() == ffi::F32)
-    panels_product(pool, x.typed_data(), w.typed_data<float>(), y->typed_data(), rows, k, panels);
+    panels_product(pool, x.typed_data(), w.typed_data<float>() + before, y->typed_data(), rows, k, panels);
   else
-    panels_product(pool, x.typed_data(), static_cast<const Bf16*>(w.untyped_data()), y->typed_data(), rows, k, panels);
+    panels_product(pool, x.typed_data(), static_cast<const Bf16*>(w.untyped_data()) + before, y->typed_data(), rows, k,
+                   panels);
   return ffi::Error::Success();
+}
+
+static ffi::Error PanelProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
+                               ffi::ResultBuffer<ffi::F32> y) {
+  return product_with(pool, x, w, 0, y);
+}
+
+// The same with one of many matrices, which are not copied: w [l, n / 16, k, 16], at [].
+static ffi::Error PanelProductAt(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
+                                 ffi::Buffer<ffi::S32> at, ffi::ResultBuffer<ffi::F32> y) {
+  int64_t which = at.typed_data()[0];
+  if (which < 0 || which >= w.dimensions()[0]) return ffi::Error::InvalidArgument("there is no such matrix");
+  return product_with(pool, x, w, which, y);
 }
 
 // x [t, n] -> y [t], the sum of each row, in one order whatever the number of rows.
@@ -248,6 +263,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(rms_norm, RmsNorm,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("eps")
                                   .Attr<float>("offset"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(panel_product_at, PanelProductAt,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(panel_product, PanelProduct,
                               ffi::Ffi::Bind()

@@ -6,10 +6,20 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from maxstack.kernels import cpu_native, dispatch
-from maxstack.kernels.paged_attention import mosaic_tpu_token
-from maxstack.kernels.paged_attention.cache import KVCache, LatentCache, Lengths, Table, head_size, quantized
-from maxstack.kernels.paged_attention.mosaic_tpu_append import Pool, append_pages, declined
+from maxstack.kernels.dispatch import Later
+from maxstack.kernels.paged_attention.cache import (
+    KVCache,
+    LatentCache,
+    Lengths,
+    Pool,
+    Table,
+    head_size,
+    quantized,
+)
 from maxstack.kernels.sharded import varying, varying_over
+
+BY_PAGES = Later("maxstack.kernels.paged_attention.mosaic_tpu_append")
+BY_TOKENS = Later("maxstack.kernels.paged_attention.mosaic_tpu_token")
 
 
 def append_kv(
@@ -92,19 +102,19 @@ def append_latent(
 
 def _by_pages(pools: list[Pool]) -> bool:
     """Long chunks on TPUs."""
-    return dispatch.chip().platform == "tpu" and declined(pools) is None
+    return dispatch.chip().platform == "tpu" and BY_PAGES.declined(pools) is None
 
 
 def _append_pages(pools: list[Pool], page_table_bp: Table, lengths_b: Lengths, counts_b: Lengths | None):
     t = pools[0].new_btkh.shape[1]
     lengths_b = jnp.asarray(lengths_b, jnp.int32)
     counts_b = jnp.full_like(lengths_b, t) if counts_b is None else jnp.asarray(counts_b, jnp.int32)
-    return append_pages(pools, jnp.asarray(page_table_bp), lengths_b, counts_b)
+    return BY_PAGES.append_pages(pools, jnp.asarray(page_table_bp), lengths_b, counts_b)
 
 
 def _by_tokens(pools: list[Pool]) -> bool:
     """Few tokens on TPUs."""
-    return dispatch.chip().platform == "tpu" and mosaic_tpu_token.declined(pools) is None
+    return dispatch.chip().platform == "tpu" and BY_TOKENS.declined(pools) is None
 
 
 def _append_tokens(pools: list[Pool], slots):
@@ -113,7 +123,7 @@ def _append_tokens(pools: list[Pool], slots):
     page_bt, place_bt = (x.reshape(b, t) for x in slots)
     for i in range(t):
         now = [pool._replace(new_btkh=pool.new_btkh[:, i : i + 1]) for pool in pools]
-        written = mosaic_tpu_token.append_token(now, page_bt[:, i], place_bt[:, i])
+        written = BY_TOKENS.append_token(now, page_bt[:, i], place_bt[:, i])
         pools = [
             pool._replace(pages=pages, scale=scale)
             for pool, (pages, scale) in zip(pools, written, strict=True)

@@ -8,7 +8,6 @@ XLA moves the chunk first, so that it begins where its page does: two passes ove
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,23 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
-from maxstack.kernels.paged_attention.cache import LARGEST
+from maxstack.kernels.paged_attention.cache import LARGEST, Pool
 
 LANES = 128
 VMEM_BYTES = 10 << 20
 """Of two pages being written and two of new tokens; a v5e gives a kernel 16 MiB unless it asks for more."""
 SLOTS = 2
-
-
-class Pool(NamedTuple):
-    """Pages of keys, of values, or of latents, and what is to be written."""
-
-    pages: Array
-    """[P, k, page, h], or [P, k, h, page] if turned."""
-    scale: Array | None
-    """[P, k, page] float32."""
-    new_btkh: Array
-    turned: bool
 
 
 def declined(pools: list[Pool]) -> str | None:

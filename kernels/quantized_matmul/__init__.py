@@ -1,22 +1,15 @@
 """Products with weights of 8 or 4 bits: the public function, its checks, its gradient, the choice of a backend."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from maxstack.kernels import Unsupported
-from maxstack.kernels.dispatch import chip, choose, only_on
-from maxstack.kernels.quantized_matmul import (
-    mosaic_gpu,
-    mosaic_gpu_int8,
-    mosaic_tpu,
-    native,
-    reference,
-    xla,
-)
+from maxstack.kernels.dispatch import Later, chip, choose, only_on
+from maxstack.kernels.quantized_matmul import native, reference, xla
 from maxstack.kernels.quantized_matmul.layout import lay_out
 from maxstack.kernels.quantized_matmul.weight import (
     KINDS,
@@ -37,6 +30,9 @@ __all__ = [
 Implementation = Literal["auto", "mosaic_tpu", "mosaic_gpu", "cpu_native", "xla", "reference"]
 Activations = Literal["float", "int8"]
 NAME = "quantized_matmul"
+HOPPER = Later("maxstack.kernels.quantized_matmul.mosaic_gpu")
+HOPPER_INT8 = Later("maxstack.kernels.quantized_matmul.mosaic_gpu_int8")
+TPU = Later("maxstack.kernels.quantized_matmul.mosaic_tpu")
 
 
 def quantized_matmul(
@@ -80,7 +76,7 @@ def local_product(
     x_tk = x.reshape(-1, w.inputs)
     backends = declined(x_tk, w, activations)
     if implementation == "auto" and activations == "float":
-        backends["mosaic_gpu"] = backends["mosaic_gpu"] or mosaic_gpu.worth(x_tk.shape[0])
+        backends["mosaic_gpu"] = backends["mosaic_gpu"] or HOPPER.worth(x_tk.shape[0])
     taken = choose(NAME, implementation, backends, named_only=("reference",))
     w = w if taken == "mosaic_tpu" and w.zero is None else w.one()
     # Inside `jax.shard_map`: where the weight is cut and x is whole, x's gradient is summed over the devices by the
@@ -94,9 +90,9 @@ def local_product(
 def declined(x_tk: Array, w: QuantizedWeight, activations: Activations) -> dict[str, str | None]:
     """The backends, best first, each with why it cannot serve this call."""
     rounding = "it takes activations as they are" if activations == "int8" else None
-    hopper_form = mosaic_gpu_int8 if activations == "int8" else mosaic_gpu
+    hopper_form = HOPPER_INT8 if activations == "int8" else HOPPER
     return {
-        "mosaic_tpu": only_on("tpu") or int8_on(chip().name, activations) or mosaic_tpu.declined(x_tk, w),
+        "mosaic_tpu": only_on("tpu") or int8_on(chip().name, activations) or TPU.declined(x_tk, w),
         "mosaic_gpu": only_on("gpu") or hopper() or hopper_form.declined(x_tk, w),
         "cpu_native": only_on("cpu") or rounding or native.declined(x_tk.shape[0], w),
         "xla": None,
@@ -112,7 +108,7 @@ def hopper() -> str | None:
 
 def int8_on(name: str, activations: Activations) -> str | None:
     """Why a TPU cannot multiply int8 with int8."""
-    if activations == "int8" and name in mosaic_tpu.WITHOUT_INT8:
+    if activations == "int8" and name in TPU.WITHOUT_INT8:
         return f"{name} has no products of int8; leave activations float"
     return None
 
@@ -127,18 +123,19 @@ def product(
     if activations == "int8":
         q_tk, scale_t = xla.rounded_rows(x_tk, over)
         if taken == "mosaic_gpu":
-            return mosaic_gpu_int8.int8_product(q_tk, scale_t, w, dtype)
-        form = mosaic_tpu.int8_product if taken == "mosaic_tpu" else xla.int8_product
+            return HOPPER_INT8.int8_product(q_tk, scale_t, w, dtype)
+        form = TPU.int8_product if taken == "mosaic_tpu" else xla.int8_product
         return form(q_tk, scale_t, w).astype(dtype)
-    forms = {
-        "mosaic_tpu": partial(mosaic_tpu.quantized_matmul, dtype=dtype),
-        "mosaic_gpu": mosaic_gpu.quantized_matmul,
-        "cpu_native": native.quantized_matmul,
-        "xla": xla.quantized_matmul,
-        "reference": reference.quantized_matmul,
+    forms: dict[str, Any] = {
+        "mosaic_tpu": TPU,
+        "mosaic_gpu": HOPPER,
+        "cpu_native": native,
+        "xla": xla,
+        "reference": reference,
     }
+    own = {"dtype": dtype} if taken == "mosaic_tpu" else {}
     # What calls out of XLA does not say over which axes its result varies.
-    return varying_over(varying(x_tk), forms[taken](x_tk, w).astype(dtype))
+    return varying_over(varying(x_tk), forms[taken].quantized_matmul(x_tk, w, **own).astype(dtype))
 
 
 def forward(

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from maxstack.kernels.quantized_matmul import KINDS
-
+WEIGHTS = ("int8", "int4-g32", "int4-g128")
+"""Those of `kernels.quantized_matmul`, which takes jax along: whoever asks for --help need not wait for it."""
 KV = ("int8", "int4", "bfloat16", "float32")
 
 
@@ -46,7 +46,7 @@ def _model(group: Any) -> None:
     )
     add(
         "--weights",
-        choices=KINDS,
+        choices=WEIGHTS,
         help="hold the weights of linear layers in few bits (default: as they are)",
     )
     add("--dtype", choices=("bfloat16", "float32"), help="compute type (default: what suits the machine)")

@@ -15,10 +15,11 @@ import numpy as np
 
 from maxstack.kernels.paged_attention import PageType
 from maxstack.models import adapters
+from maxstack.models.generation.matrix import native
 from maxstack.models.generation.params import SamplingParams, row_settings
 from maxstack.models.paged.forward import Chunk as Tokens
 from maxstack.models.paged.layer import cut
-from maxstack.models.paged.pools import init_pools
+from maxstack.models.paged.pools import init_pools, untouched_pools
 from maxstack.models.transformer import TransformerConfig
 from maxstack.serve import drafts, programs, rooms, speculation
 from maxstack.serve.compiled import Compiled, shape_of
@@ -93,7 +94,8 @@ class Device:
         settings = row_settings([NEUTRAL], config.vocab_size)
 
         def empty():
-            pools = init_pools(config, limits.pages, limits.page, kv_dtype)
+            make = untouched_pools if mesh is None and native() else init_pools
+            pools = make(config, limits.pages, limits.page, kv_dtype)
             history = limits.max_length + 1 if limits.drafts else 0
             guesses = limits.drafts if drafter is not None else 0
             rows = programs.empty_rows(limits.rows + 1, config.vocab_size, settings, history, guesses)

@@ -61,6 +61,7 @@ class AsyncEngine:
         buckets: Sequence[int] | None = None,
         adapters: AdapterSlots | None = None,
         draft: Transformer | None = None,
+        use_up: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         """`limits` are by default what fits this machine; `kv_dtype` is the type of the cache's numbers, by default
@@ -68,12 +69,12 @@ class AsyncEngine:
         whose form of the programs is used: that at hand, unless told otherwise. `buckets` are the numbers of rows that
         decode steps are compiled for, by default powers of two and all rows. `adapters` is the room for adapters:
         none by default, and then they cost nothing. With `limits.drafts` tokens are guessed, from what a row has said,
-        or by the small model `draft`."""
+        or by the small model `draft`. `use_up` lets the model's own arrays be deleted where the engine has a copy."""
         self.config, self.tokenizer = model.config, tokenizer
         kv_dtype = model.config.dtype if kv_dtype is None else kv_dtype
         self.limits = limits_for(model, kv_dtype, on, draft) if limits is None else limits
         self.on = on
-        form, weights = form_for(model, on, adapters)
+        form, weights = form_for(model, on, adapters, use_up)
         drafter = (
             None if draft is None else Drafter(draft, model.config, self.limits, kv_dtype, on, mesh_of(model))
         )

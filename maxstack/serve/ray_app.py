@@ -15,8 +15,9 @@ from typing import Any
 from maxstack.config import UserError
 from maxstack.models.compiled_cache import use_compiled_cache
 from maxstack.serve.arguments import parser
-from maxstack.serve.assemble import Parts, settings_of
+from maxstack.serve.assemble import Parts
 from maxstack.serve.http.app import create_app
+from maxstack.serve.meaning import settings_of
 from maxstack.serve.operate.phases import Phases
 
 log = logging.getLogger(__name__)

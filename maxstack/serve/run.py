@@ -11,13 +11,11 @@ from typing import Any
 import psutil
 
 from maxstack.models.compiled_cache import use_compiled_cache
-from maxstack.serve.assemble import Parts, settings_of, start_of
-from maxstack.serve.http.front import Front
 from maxstack.serve.http.settings import Settings
+from maxstack.serve.meaning import settings_of, start_of
 from maxstack.serve.operate.listen import address_of, check_open, listening, url_of
 from maxstack.serve.operate.phases import Phases
-from maxstack.serve.operate.running import Serving, serve
-from maxstack.serve.starting import start
+from maxstack.serve.starting import Loading, start
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +33,10 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     check_open(args.host, settings.api_keys, args.allow_no_key)
     use_compiled_cache()
-    with listening(args.host, args.port) as sock, asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(_serve(args, phases, settings, sock))
+    with listening(args.host, args.port) as sock:
+        model = Loading(start_of(args), phases)
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            return runner.run(_serve(args, phases, settings, sock, model))
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -48,12 +48,18 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-async def _serve(args: argparse.Namespace, phases: Phases, settings: Settings, sock: Any) -> int:
+async def _serve(
+    args: argparse.Namespace, phases: Phases, settings: Settings, sock: Any, model: Loading
+) -> int:
     """Serve until asked to leave."""
-    parts = Parts(args, settings, phases)
+    # Not before: threads read the model while this one imports all that answers for it.
+    from maxstack.serve.assemble import Parts
+    from maxstack.serve.operate.running import Serving, serve
+
+    parts = Parts(args, settings, phases, model)
 
     @contextlib.asynccontextmanager
-    async def beside(front: Front) -> AsyncGenerator[None]:
+    async def beside(front: Any) -> AsyncGenerator[None]:
         from maxstack.serve.rpc.server import grpc_served  # for those who ask for it
 
         address = address_of(args.host, args.grpc_port)

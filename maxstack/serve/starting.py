@@ -1,27 +1,34 @@
 """From a model's name to an engine whose programs are compiled."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
 
 from maxstack.config import UserError
+from maxstack.data.tokenizer import Tokenizer
 from maxstack.models.adapters import AdapterSlots
 from maxstack.models.load import load
 from maxstack.models.paged.pools import page_bytes
-from maxstack.models.transformer import TransformerConfig
+from maxstack.models.transformer import Transformer, TransformerConfig
 from maxstack.serve.engine import AsyncEngine
 from maxstack.serve.operate.bandwidth import peak_bandwidth
-from maxstack.serve.operate.metrics import Metrics, Traffic
 from maxstack.serve.operate.phases import ADAPTERS, COMPILE, LOAD, WEIGHTS, Phases
 from maxstack.serve.plan import Limits
 from maxstack.serve.sizes import default_limits
 from maxstack.sharding import MeshConfig, build_mesh
+
+if TYPE_CHECKING:
+    from maxstack.serve.operate.metrics import Metrics, Traffic
 
 RANK = 16
 DRAFTS = 4
@@ -60,14 +67,49 @@ class Start:
         return self.name or PurePath(self.model.rstrip("/")).name.removeprefix("hf:") or self.model
 
 
-def start(what: Start, phases: Phases, metrics: Metrics | None = None) -> AsyncEngine:
-    """An engine, ready for its first request. Raises UserError for what cannot be served."""
-    peak = None if metrics is None else peak_bandwidth(jax.local_devices()[0].device_kind)
+class Loading:
+    """A model that a thread is reading. Whoever gives up need not wait for the thread."""
+
+    def __init__(self, what: Start, phases: Phases):
+        self._future: Future[tuple[Transformer, Tokenizer | None]] | None = Future()
+        reading = threading.Thread(target=self._read, args=(self._future, what, phases), daemon=True)
+        reading.start()
+
+    def _read(self, future: Future, what: Start, phases: Phases) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.push(functools.partial(passed_on, future))
+            future.set_result(loaded(what, phases))
+
+    def taken(self) -> tuple[Transformer, Tokenizer | None]:
+        """The model, once: nothing here holds it any longer. Raises what reading it has raised."""
+        future, self._future = self._future, None
+        if future is None:
+            raise RuntimeError("the model was taken before")
+        return future.result()
+
+
+def passed_on(future: Future, kind: object, error: BaseException | None, trace: object) -> bool:
+    """An error goes to whoever asks for the result."""
+    if error is not None:
+        future.set_exception(error)
+    return error is not None
+
+
+def loaded(what: Start, phases: Phases) -> tuple[Transformer, Tokenizer | None]:
+    """The model as it is on disk."""
     with phases.phase(LOAD, f"{what.model} is read"):
-        model, tokenizer = load(
+        return load(
             what.model, step=what.step, averaged=what.averaged, dtype=what.dtype, weights=what.weights,
-            mesh=mesh_for(what.tensor),
+            mesh=mesh_for(what.tensor), as_filed=True,
         )  # fmt: skip
+
+
+def start(
+    what: Start, phases: Phases, metrics: "Metrics | None" = None, loading: Loading | None = None
+) -> AsyncEngine:
+    """An engine, ready for its first request; its model may be `loading` already. Raises UserError for what cannot be
+    served."""
+    model, tokenizer = loaded(what, phases) if loading is None else loading.taken()
     if tokenizer is None:
         raise UserError(f"{what.model} has no tokenizer beside it: requests and answers are text")
     with phases.phase(WEIGHTS, "weights and cache lie on the device"):
@@ -75,13 +117,15 @@ def start(what: Start, phases: Phases, metrics: Metrics | None = None) -> AsyncE
         draft = None if what.draft_model is None else load(what.draft_model, dtype=what.dtype)[0]
         engine = AsyncEngine(
             model, tokenizer, limits=limits_of(what, model.config, kv), kv_dtype=kv, adapters=slots_of(what),
-            draft=draft,
+            draft=draft, use_up=True,
         )  # fmt: skip
         del model, draft  # the engine has its own form of the weights
-    if metrics is not None:
-        metrics.traffic = traffic_of(what, engine, kv, peak)
     with phases.phase(COMPILE, "every program is compiled"):
         engine.warm_up(phases.compiled)
+    if metrics is not None:  # when nothing else uses the memory that is measured
+        metrics.traffic = traffic_of(
+            what, engine, kv, peak_bandwidth(jax.local_devices()[0].device_kind, engine.leaves)
+        )
     if what.adapters:
         with phases.phase(ADAPTERS, ", ".join(name for name, _ in what.adapters)):
             for name, folder in what.adapters:
@@ -138,8 +182,10 @@ def rank_of(folder: Path) -> int:
     return rank if isinstance(rank, int) and rank > 0 else RANK
 
 
-def traffic_of(what: Start, engine: AsyncEngine, kv: Any, peak: float | None) -> Traffic:
+def traffic_of(what: Start, engine: AsyncEngine, kv: Any, peak: float | None) -> "Traffic":
     """Bytes that a step has to read at most: all weights, and the keys and values of its rows."""
+    from maxstack.serve.operate.metrics import Traffic  # with prometheus, while the model is read
+
     devices, limits = what.tensor, engine.limits
     return Traffic(
         weight_bytes=engine.weight_bytes,

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 from maxstack.kernels.paged_attention import KVCache, append_kv, append_latent
 from maxstack.models.attention import Context
 from maxstack.models.decode import enter
+from maxstack.models.generation.panel_stack import held_back
 from maxstack.models.generation.weights import Unstacked
-from maxstack.models.packed import PackedMatrix
 from maxstack.models.paged.layer import Paged
 from maxstack.models.paged.pools import Pools, of_repeat
 from maxstack.models.rope import RopeTables
@@ -67,30 +67,19 @@ def advance_stack(
 ) -> tuple[Float[Array, "b t d"], tuple]:  # fmt: skip
     """`advance` through one stack."""
 
-    leaves, treedef = jax.tree.flatten(stack.layers, is_leaf=stays_whole)
-    cut = [leaf.scale if stays_whole(leaf) else leaf for leaf in leaves]
+    arrays, layers_of = held_back(stack.layers)
 
     def period(carry: tuple, indexed: tuple) -> tuple[tuple, None]:
         x, pools = carry
-        repeat, own = indexed
-        parts = [
-            leaf.of_layer(repeat, mine) if stays_whole(leaf) else mine
-            for leaf, mine in zip(leaves, own, strict=True)
-        ]
-        blocks = jax.tree.unflatten(treedef, parts)
+        repeat, cut = indexed
         written = []
-        for block, pool in zip(blocks, pools, strict=True):
+        for block, pool in zip(layers_of(cut, repeat), pools, strict=True):
             x, pool, _ = block(x, tables, context, paged(chunk, pool, repeat, config.repeats, writes=True))
             written.append(pool)
         return (x, tuple(written)), None
 
-    (x, pools), _ = jax.lax.scan(period, (x, pools), (jnp.arange(config.repeats), cut))
+    (x, pools), _ = jax.lax.scan(period, (x, pools), (jnp.arange(config.repeats, dtype=jnp.int32), arrays))
     return x, pools
-
-
-def stays_whole(part: Any) -> bool:
-    """Whether its values are not cut by the scan, and layers find their own: what a kernel reads would be a copy."""
-    return isinstance(part, PackedMatrix) and part.values[...].ndim == 3
 
 
 def paged(chunk: Chunk, pool: Any, repeat: Array | int, repeats: int, *, writes: bool) -> Paged:
