@@ -90,7 +90,7 @@ def main() -> int:
                 "steps": [steps[rows] for rows in sorted(steps)],
             }
             if args.record:
-                keep(records)
+                keep(kept() | {name: records[name]})
     print(table({name: records[name] for name in args.names or SETTINGS}))
     return 0
 
