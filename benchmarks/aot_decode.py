@@ -44,6 +44,17 @@ def table(records: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def keep(records: dict[str, dict[str, Any]]) -> None:
+    """For the simulator, and as the table of the docs."""
+    from maxstack.bench.serve.recorded import FILE, SETTINGS
+
+    records = {name: records[name] for name in SETTINGS if name in records}
+    FILE.write_text(json.dumps(records, indent=1) + "\n")
+    before, found, rest = PAGE_OF_DOCS.read_text().partition(START)
+    if found:
+        PAGE_OF_DOCS.write_text(f"{before}{START}\n{table(records)}\n{END}{rest.partition(END)[2]}")
+
+
 def main() -> int:
     """Run the script; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -56,7 +67,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     sys.path.insert(0, str(ROOT))
-    from maxstack.bench.serve.recorded import FILE, SETTINGS, kept, setting_of
+    from maxstack.bench.serve.recorded import SETTINGS, kept, setting_of
     from maxstack.bench.serve.step_bytes import by_part, step_bytes
 
     records = kept()
@@ -73,18 +84,13 @@ def main() -> int:
             for kind, size in by_part(found).most_common(args.largest):
                 print(f"    {size / 1e6:10.1f} MB  {kind}")
             sys.stdout.flush()
-        records[name] = SETTINGS[name].plain() | {
-            "date": datetime.now(UTC).date().isoformat(),
-            "libtpu": version("libtpu"),
-            "steps": [steps[rows] for rows in sorted(steps)],
-        }
-        if args.record:
-            FILE.write_text(json.dumps(records, indent=1) + "\n")
-            page = PAGE_OF_DOCS.read_text()
-            if START in page:
-                before, _, rest = page.partition(START)
-                text = f"{before}{START}\n{table(records)}\n{END}{rest.partition(END)[2]}"
-                PAGE_OF_DOCS.write_text(text)
+            records[name] = SETTINGS[name].plain() | {
+                "date": datetime.now(UTC).date().isoformat(),
+                "libtpu": version("libtpu"),
+                "steps": [steps[rows] for rows in sorted(steps)],
+            }
+            if args.record:
+                keep(kept() | {name: records[name]})
     print(table({name: records[name] for name in args.names or SETTINGS}))
     return 0
 

@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
-from maxstack.kernels.paged_attention.cache import LARGEST
-from maxstack.kernels.paged_attention.mosaic_tpu_append import LANES, Pool, narrow, wide
+from maxstack.kernels.paged_attention.cache import LARGEST, Pool
+from maxstack.kernels.paged_attention.mosaic_tpu_append import LANES, narrow, wide
 
 MOST_TOKENS = 8
 """Of a sequence at once; each is a call of its own."""

@@ -134,8 +134,9 @@ def product(
         "xla": xla,
         "reference": reference,
     }
+    own = {"dtype": dtype} if taken == "mosaic_tpu" else {}
     # What calls out of XLA does not say over which axes its result varies.
-    return varying_over(varying(x_tk), forms[taken].quantized_matmul(x_tk, w).astype(dtype))
+    return varying_over(varying(x_tk), forms[taken].quantized_matmul(x_tk, w, **own).astype(dtype))
 
 
 def forward(

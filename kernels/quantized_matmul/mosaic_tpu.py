@@ -76,11 +76,12 @@ def tiles_for(tokens: int, w: QuantizedWeight, step: int = TOKENS) -> Tiles:
 
 
 def quantized_matmul(
-    x_tk: Float[Array, "t k"], w: QuantizedWeight, *, tiles: Tiles | None = None, interpret: Any = False
-) -> Float[Array, "t n"]:
-    """`x w^T` in float32."""
+    x_tk: Float[Array, "t k"], w: QuantizedWeight, *, tiles: Tiles | None = None, interpret: Any = False,
+    dtype: jnp.dtype | type = jnp.float32,
+) -> Float[Array, "t n"]:  # fmt: skip
+    """`x w^T`, summed in float32 and rounded once; with zero points it stays float32."""
     tiles = tiles or tiles_for(x_tk.shape[0], w)
-    y_tn = run(x_tk, w, tiles, jnp.dtype(jnp.float32), interpret)
+    y_tn = run(x_tk, w, tiles, jnp.dtype(jnp.float32), interpret, dtype if w.zero is None else jnp.float32)
     if w.zero is None:
         return y_tn
     # What is too much is a product of few terms: the sum of each group's inputs, times scale and zero point.
@@ -97,7 +98,10 @@ def int8_product(
     return run(q_tk, w, tiles, jnp.dtype(jnp.int32), interpret) * scale_t[:, None]
 
 
-def run(x_tk: Array, w: QuantizedWeight, tiles: Tiles, sum_dtype: jnp.dtype, interpret: Any) -> Array:
+def run(
+    x_tk: Array, w: QuantizedWeight, tiles: Tiles, sum_dtype: jnp.dtype, interpret: Any,
+    dtype: jnp.dtype | type = jnp.float32,
+) -> Array:  # fmt: skip
     """The kernel over all tiles, of the one layer if the values are a stack of many."""
     tokens, (bt, bn, bk) = x_tk.shape[0], tiles
     x_tk = jnp.pad(x_tk, ((0, -tokens % bt), (0, 0)))
@@ -113,7 +117,7 @@ def run(x_tk: Array, w: QuantizedWeight, tiles: Tiles, sum_dtype: jnp.dtype, int
     y_tn = pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct(
-            (x_tk.shape[0], w.outputs), jnp.float32, manual_axis_type=jax.typeof(x_tk).manual_axis_type
+            (x_tk.shape[0], w.outputs), dtype, manual_axis_type=jax.typeof(x_tk).manual_axis_type
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -163,7 +167,7 @@ def tile(layer_ref, x_ref, w_ref, s_ref, y_ref, sum_ref, *, group: int | None, s
     @pl.when(k == steps - 1)
     def _():
         y_tn = sum_ref[...].astype(jnp.float32)
-        y_ref[...] = y_tn * s_ref[0] if group is None else y_tn
+        y_ref[...] = (y_tn * s_ref[0] if group is None else y_tn).astype(y_ref.dtype)
 
 
 def product(a_tk: Array, b_nk: Array, dtype: jnp.dtype) -> Array:

@@ -52,7 +52,9 @@ class Cost:
         total = 0.0
         for step in range(max(plan.steps, 1)):
             lengths = [decode.length + step for decode in plan.decodes if step < decode.count]
-            tokens, keys, pairs = len(plan.decodes), sum(lengths), sum(lengths)
+            # Guesses are checked with the token before them: its row's keys are read once for all.
+            each = 1 + plan.drafts
+            tokens, keys, pairs = each * len(plan.decodes), sum(lengths), each * sum(lengths)
             if step == 0 and plan.chunk_shape is not None:
                 tokens += places(plan.chunk_shape)
                 keys += sum(chunk.end for chunk in plan.chunks)

@@ -1,5 +1,6 @@
 """The kernels for TPU and Hopper: in their interpreters, which look for races, and through the real compilers."""
 
+import dataclasses
 import re
 
 import jax
@@ -14,6 +15,7 @@ from maxstack.kernels.quantized_matmul import (
     mosaic_gpu,
     mosaic_gpu_int8,
     mosaic_tpu,
+    quantize,
     quantized_matmul,
     stored,
     xla,
@@ -61,6 +63,19 @@ def largest_error(y, meant) -> float:
 # Groups of 32 are multiplied with weights rounded to bfloat16 on a TPU; all else is summed in float32.
 def tolerance(kind: str) -> float:
     return 2**-8 if kind == "int4-g32" else 2e-6
+
+
+def test_the_kernel_finds_its_layer_in_a_stack():
+    """In the interpreter; and the public function, where no kernel takes stacks, cuts it out."""
+    layers = [example(128, 256, "int8", False)[1], quantize(jnp.asarray(drawn(128, 256, seed=7)), "int8")]
+    values = jnp.stack([w.values for w in layers])
+    x = jnp.asarray(drawn(16, 256, seed=3), jnp.bfloat16)
+    for at, w in enumerate(layers):
+        stack = dataclasses.replace(w, values=values, layer=jnp.int32(at))
+        wanted = mosaic_tpu.quantized_matmul(x, w, tiles=mosaic_tpu.Tiles(16, 128, 128), interpret=True)
+        found = mosaic_tpu.quantized_matmul(x, stack, tiles=mosaic_tpu.Tiles(16, 128, 128), interpret=True)
+        np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_array_equal(quantized_matmul(x, stack), quantized_matmul(x, w))
 
 
 @pytest.mark.parametrize(("kind", "zeros"), FORMS)

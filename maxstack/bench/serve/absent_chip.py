@@ -77,8 +77,7 @@ def made(setting: Setting) -> Made:
         neutral = row_settings([NEUTRAL], config.vocab_size)
         state = jax.eval_shape(lambda: programs.empty_rows(rows + 1, config.vocab_size, neutral))
         tables = ((rows,), (rows, setting.width), (rows,), ())
-        given: Any = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in tables)
-        steps = programs.Steps(*given)
+        steps = jax.eval_shape(lambda: programs.Steps(*(jnp.zeros(shape, jnp.int32) for shape in tables)))
         state, steps = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), (state, steps)
         )

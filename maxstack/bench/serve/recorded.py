@@ -92,7 +92,8 @@ def seconds(chip: str, step: dict[str, Any]) -> float:
 def cost_of(record: dict[str, Any], *, of_bandwidth: float, of_products: float) -> Cost:
     """What plans cost, by the kept steps: what moves is so much a step, so much a token of the step, and the cache.
 
-    Of the first two, those of the fewest and the most rows. On all chips together, whose rates are added up.
+    Of the first two, those of the fewest and the most rows; of one step alone all is the step's. On all chips together,
+    whose rates are added up.
     """
     few, many = record["steps"][0], record["steps"][-1]
     peaks, chips = CHIPS[record["chip"]], record["chips"]
@@ -100,7 +101,9 @@ def cost_of(record: dict[str, Any], *, of_bandwidth: float, of_products: float) 
     def of_all(step: dict[str, Any]) -> float:
         return chips * (step["moved"] - step["cache"])
 
-    a_token = (of_all(many) - of_all(few)) / (many["rows"] - few["rows"])
+    between = max(many["rows"] - few["rows"], 1)
+    a_token = (of_all(many) - of_all(few)) / between
+    sent = (many["sent"] - few["sent"]) / between
     counted = account_of(config_of(record["shape"]), 1)
     return Cost(
         weight_bytes=of_all(few) - few["rows"] * a_token,
@@ -111,6 +114,7 @@ def cost_of(record: dict[str, Any], *, of_bandwidth: float, of_products: float) 
         ),
         bytes_a_second=peaks.bytes_a_second * chips * of_bandwidth,
         flops_a_second=peaks.flops_a_second * chips * of_products,
+        step_s=max(few["sent"] - few["rows"] * sent, 0.0) / LINKS[record["chip"]],
         bytes_a_token=a_token,
-        seconds_a_token=(many["sent"] - few["sent"]) / (many["rows"] - few["rows"]) / LINKS[record["chip"]],
+        seconds_a_token=sent / LINKS[record["chip"]],
     )
