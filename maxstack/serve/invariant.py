@@ -20,6 +20,7 @@ from maxstack.models.block import Block
 from maxstack.models.feed_forward import FeedForward
 from maxstack.models.generation.params import SamplingParams, row_settings
 from maxstack.models.layers import Embedding, Identity, Linear, Positions, RMSNorm
+from maxstack.models.packed import PackedLinear, PackedMatrix
 from maxstack.models.remat import platform
 from maxstack.models.transformer import Stack, Transformer
 from maxstack.serve.device import Asked, Device
@@ -30,7 +31,10 @@ from maxstack.sharding import mesh_of
 
 log = logging.getLogger(__name__)
 
-BY_ROW = {Transformer, Stack, Block, Attention, FeedForward, Linear, RMSNorm, Identity, Embedding, Positions}
+BY_ROW = {
+    Transformer, Stack, Block, Attention, FeedForward, Linear, PackedLinear, PackedMatrix, RMSNorm, Identity, Embedding,
+    Positions,
+}  # fmt: skip
 """Parts whose sums C++ makes, each row in one order."""
 TRIED = SamplingParams(max_tokens=4, temperature=1.0, seed=1, logprobs=0)
 """What `check_rows` asks for."""

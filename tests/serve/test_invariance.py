@@ -43,6 +43,7 @@ def test_invariant_mode_is_for_what_xla_computes(monkeypatch):
         return invariant.problem(model, **options) or ""
 
     assert invariant.problem(model()) is None
+    assert invariant.problem(model("int4-g32")) is None
     assert not invariant.needed(model())
     for name, part in (("window", "LayerNorm"), ("mixture", "MoE"), ("latent", "LatentAttention")):
         assert part in problem(build(CONFIGS[name]))
