@@ -68,12 +68,12 @@ def answer(outputs: list) -> tuple:
     "changes",
     [
         {},
-        {"chunks": ((1, 1),), "tokens_a_step": 12},
+        {"chunks": ((3, 16),), "tokens_a_step": 52},
         {"chunks": ((2, 6, 6), (4, 16, 16))},
         {"prefix_cache": False, "pages": 22},  # too few pages for all: some are preempted
         {"drafts": 2, "tokens_a_step": 28},
     ],
-    ids=["together", "token by token", "side by side", "preempted", "speculated"],
+    ids=["together", "other chunks", "side by side", "preempted", "speculated"],
 )
 def test_company_chunks_preemption_and_speculation_change_no_bit(changes):
     limits = dataclasses.replace(LIMITS, **changes)
