@@ -117,7 +117,7 @@ def start(
         raise UserError(f"{what.model} has no tokenizer beside it: requests and answers are text")
     with phases.phase(WEIGHTS, "weights and cache lie on the device"):
         kv = what.kv or model.config.dtype
-        draft = None if what.draft_model is None else load(what.draft_model, dtype=what.dtype)[0]
+        draft = draft_of(what)
         slots = slots_of(what)
         invariant = what.invariant and needed(model, adapters=slots)
         engine = AsyncEngine(
@@ -134,6 +134,13 @@ def start(
             for name, folder in what.adapters:
                 engine.adapters.load(name, folder)
     return engine
+
+
+def draft_of(what: Start) -> Transformer | None:
+    """The small model that guesses, on the mesh of the large one."""
+    if what.draft_model is None:
+        return None
+    return load(what.draft_model, dtype=what.dtype, mesh=mesh_for(what.tensor))[0]
 
 
 def mesh_for(tensor: int) -> Mesh | None:
