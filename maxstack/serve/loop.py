@@ -160,6 +160,12 @@ class Loop:
         self._stopped.set()
         self._inbox.put(None)
 
+    def fail(self, error: Exception) -> None:
+        """End for a reason that the engine's thread may never learn, as it waits for the device. Any thread."""
+        self.dead = self.dead or error
+        self.stop()
+        self._deliver([News(request_id, finish="error", error=error) for request_id in list(self._known)])
+
     def run(self) -> None:
         """Work until stopped."""
         error: BaseException = EngineDead("the engine was closed")
@@ -173,8 +179,8 @@ class Loop:
             error = EngineDead(f"the engine has stopped: {type(fault).__name__}: {fault}")
             raise
         finally:
-            self.dead = error
-            self._answer_all(error)
+            self.dead = self.dead or error
+            self._answer_all(self.dead)
 
     def turn(self) -> bool:
         """Take in what came, launch a plan, collect the results of the oldest; False if there was nothing to do."""

@@ -21,6 +21,7 @@ from maxstack.models.load import load
 from maxstack.models.paged.pools import page_bytes
 from maxstack.models.transformer import Transformer, TransformerConfig
 from maxstack.serve.engine import AsyncEngine
+from maxstack.serve.hosts.leader import Leader
 from maxstack.serve.invariant import needed
 from maxstack.serve.operate.bandwidth import peak_bandwidth
 from maxstack.serve.operate.phases import ADAPTERS, COMPILE, LOAD, WEIGHTS, Phases
@@ -108,9 +109,10 @@ def loaded(what: Start, phases: Phases) -> tuple[Transformer, Tokenizer | None]:
 
 
 def start(
-    what: Start, phases: Phases, metrics: "Metrics | None" = None, loading: Loading | None = None
-) -> AsyncEngine:
-    """An engine, ready for its first request; its model may be `loading` already. Raises UserError for what cannot be
+    what: Start, phases: Phases, metrics: "Metrics | None" = None, loading: Loading | None = None,
+    leader: Leader | None = None,
+) -> AsyncEngine:  # fmt: skip
+    """An engine, ready for its first request; its model may be `loading` already, others may follow. Raises UserError for what cannot be
     served."""
     model, tokenizer = loaded(what, phases) if loading is None else loading.taken()
     if tokenizer is None:
@@ -120,9 +122,13 @@ def start(
         draft = draft_of(what)
         slots = slots_of(what)
         invariant = what.invariant and needed(model, adapters=slots)
+        if invariant and leader is not None:
+            raise UserError(
+                "--invariant is not served by several processes yet: leave it out, or serve in one"
+            )
         engine = AsyncEngine(
             model, tokenizer, limits=limits_of(what, model.config, kv, invariant=invariant), kv_dtype=kv,
-            adapters=slots, draft=draft,
+            adapters=slots, draft=draft, leader=leader,
         )  # fmt: skip
         del model, draft  # the engine has its own form of the weights
     with phases.phase(COMPILE, "every program is compiled"):
@@ -144,7 +150,14 @@ def draft_of(what: Start) -> Transformer | None:
 
 
 def mesh_for(tensor: int) -> Mesh | None:
-    """The first devices as a mesh; None for one. Raises UserError if there are not so many."""
+    """The first devices as a mesh, or those of all processes; None for one. Raises UserError if there are not so many."""
+    if (processes := jax.process_count()) > 1:
+        if tensor != (together := jax.device_count()):
+            raise UserError(
+                f"--tensor {tensor}: {processes} processes have {together} devices together, and all take part: give "
+                f"--tensor {together}"
+            )
+        return build_mesh(MeshConfig(fsdp=1, tensor=tensor))
     if tensor == 1:
         return None
     if tensor > (there := jax.local_device_count()):
