@@ -74,8 +74,8 @@ class AsyncEngine:
         decode steps are compiled for, by default powers of two and all rows. `adapters` is the room for adapters:
         none by default, and then they cost nothing. With `limits.drafts` tokens are guessed, from what a row has said,
         or by the small model `draft`. `invariant` makes answers the same to the last bit in any company: where C++ does
-        so anyhow it changes nothing, elsewhere it sets `Limits.invariant`, and `buckets` are not used. `leader` has links to processes that hold their parts of the
-        model; the engine ends with them."""
+        so anyhow it changes nothing, elsewhere it sets `Limits.invariant`, and `buckets` are not used. `leader` has
+        links to processes that hold their parts of the model; the engine ends with them."""
         self.config, self.tokenizer = model.config, tokenizer
         kv_dtype = model.config.dtype if kv_dtype is None else kv_dtype
         invariant = invariant and needed(model, on, adapters)

@@ -72,7 +72,12 @@ async def _serve(
     parts = Parts(args, settings, phases, model, leader)
     if leader is not None:
         drain, loop = parts.operation.drain_asked, asyncio.get_running_loop()
-        leader.on_leaving = lambda why: (log.info("%s", why), loop.call_soon_threadsafe(drain.set))
+
+        def leaving(why: str) -> None:
+            log.info("%s: all finish what is under way", why)
+            loop.call_soon_threadsafe(drain.set)
+
+        leader.on_leaving = leaving
 
     @contextlib.asynccontextmanager
     async def beside(front: Any) -> AsyncGenerator[None]:

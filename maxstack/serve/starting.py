@@ -112,8 +112,8 @@ def start(
     what: Start, phases: Phases, metrics: "Metrics | None" = None, loading: Loading | None = None,
     leader: Leader | None = None,
 ) -> AsyncEngine:  # fmt: skip
-    """An engine, ready for its first request; its model may be `loading` already, others may follow. Raises UserError for what cannot be
-    served."""
+    """An engine, ready for its first request; its model may be `loading` already, others may follow. Raises UserError
+    for what cannot be served."""
     model, tokenizer = loaded(what, phases) if loading is None else loading.taken()
     if tokenizer is None:
         raise UserError(f"{what.model} has no tokenizer beside it: requests and answers are text")
@@ -150,7 +150,8 @@ def draft_of(what: Start) -> Transformer | None:
 
 
 def mesh_for(tensor: int) -> Mesh | None:
-    """The first devices as a mesh, or those of all processes; None for one. Raises UserError if there are not so many."""
+    """The first devices as a mesh, or those of all processes; None for one. Raises UserError if there are not so
+    many."""
     if (processes := jax.process_count()) > 1:
         if tensor != (together := jax.device_count()):
             raise UserError(

@@ -72,8 +72,8 @@ def _follow(what: Start, phases: Phases, follower: Follower) -> str:
 
 def limits_of(values: dict[str, Any]) -> Limits:
     """Limits, from JSON."""
-    shapes = {"chunks": tuple(map(tuple, values["chunks"])), "steps": tuple(values["steps"])}
-    return Limits(**values | shapes)
+    shapes: dict[str, Any] = {"chunks": tuple(map(tuple, values["chunks"])), "steps": tuple(values["steps"])}
+    return Limits(**{**values, **shapes})
 
 
 @contextlib.contextmanager

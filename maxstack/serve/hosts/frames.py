@@ -5,6 +5,7 @@ be. Both sides show that they know the same secret before anything else is said.
 what follows is neither encrypted nor signed: it belongs into a network of the cluster's own.
 """
 
+import contextlib
 import hmac
 import secrets
 import socket
@@ -116,10 +117,8 @@ class Link:
 
     def close(self) -> None:
         """Both ways, so that a thread that receives wakes up."""
-        try:
+        with contextlib.suppress(OSError):  # it was closed from the other side
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it was closed from the other side
         self._sock.close()
 
 
@@ -139,10 +138,8 @@ class Pulse(threading.Thread):
         """Every fifth of the time after which silence counts."""
         while not self._over.wait(QUIET_S / 5):
             for link in self._links:
-                try:
+                with contextlib.suppress(LinkLost):  # whoever receives on it says so
                     link.send(Kind.ALIVE)
-                except LinkLost:
-                    pass  # whoever receives on it says so
 
     def stop(self) -> None:
         """No more."""

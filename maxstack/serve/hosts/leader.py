@@ -26,7 +26,8 @@ class Leader:
     """Links to all followers. `tell` may be called by one thread."""
 
     def __init__(self, links: list[Link]):
-        self._links, self._calls = links, None
+        self._links = links
+        self._calls: Calls | None = None
         self._ready: list[bytes | None] = [None] * len(links)
         self._changed, self.lost = threading.Condition(), ""
         self._over = False
@@ -80,10 +81,8 @@ class Leader:
         self._over = True
         self._pulse.stop()
         for link in self._links:
-            try:
+            with contextlib.suppress(LinkLost):  # it is gone already
                 link.send(Kind.END, data=reason.encode()[:1000])
-            except LinkLost:
-                pass  # it is gone already
         until = time.monotonic() + GOODBYE_S
         for thread in self._hearing:
             if thread is not threading.current_thread():

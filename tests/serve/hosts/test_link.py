@@ -122,12 +122,18 @@ def test_who_does_not_know_the_secret_is_refused_by_either_side():
 class Together:
     """A leader and a follower in threads."""
 
-    def __init__(self, one: Link, other: Link, call):
-        self.lost, self.gone = [], threading.Event()
+    def __init__(self, pair, call):
+        one, other = pair
+        self.lost: list[str] = []
+        self.gone = threading.Event()
         self.leader, self.follower = Leader([one]), Follower(other)
-        self.leader.on_lost = lambda why: (self.lost.append(why), self.gone.set())
+        self.leader.on_lost = self._lose
         self._pool = ThreadPoolExecutor(1)
         self.following = self._pool.submit(self._follow, call)
+
+    def _lose(self, why: str) -> None:
+        self.lost.append(why)
+        self.gone.set()
 
     def _follow(self, call) -> str:
         try:
@@ -146,7 +152,7 @@ class Together:
 
 def test_a_follower_makes_the_calls_of_the_leader_until_the_end(pair):
     made = []
-    with Together(*pair, lambda key, given: made.append(key)) as both:
+    with Together(pair, lambda key, given: made.append(key)) as both:
         both.leader.wait(Calls(TABLE))
         for key in ("seat", ("decode", 4), "seat"):
             both.leader.tell(key, GIVEN[key])
@@ -157,7 +163,7 @@ def test_a_follower_makes_the_calls_of_the_leader_until_the_end(pair):
 
 
 def test_a_follower_that_dies_is_known_at_once_and_nobody_is_called_any_more(pair):
-    with Together(*pair, lambda key, given: None) as both:
+    with Together(pair, lambda key, given: None) as both:
         both.leader.wait(Calls(TABLE))
         pair[1].close()
         assert both.gone.wait(WAIT_S)
@@ -167,7 +173,7 @@ def test_a_follower_that_dies_is_known_at_once_and_nobody_is_called_any_more(pai
 
 
 def test_a_call_that_fails_in_a_follower_ends_the_leader(pair):
-    with Together(*pair, lambda key, given: None) as both:
+    with Together(pair, lambda key, given: None) as both:
         both.leader.wait(Calls(TABLE))
         both.follower.fault("RESOURCE_EXHAUSTED")
         assert both.gone.wait(WAIT_S)
@@ -176,9 +182,9 @@ def test_a_call_that_fails_in_a_follower_ends_the_leader(pair):
 
 
 def test_processes_with_other_programs_do_not_begin(pair):
-    with Together(*pair, lambda key, given: None) as both:
-        with pytest.raises(RunError, match="process 1 has compiled other programs"):
-            both.leader.wait(Calls({"seat": TABLE["seat"]}))
+    refused = pytest.raises(RunError, match="process 1 has compiled other programs")
+    with Together(pair, lambda key, given: None) as both, refused:
+        both.leader.wait(Calls({"seat": TABLE["seat"]}))
 
 
 def test_processes_that_were_started_differently_are_refused_by_name():
