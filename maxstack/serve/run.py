@@ -28,8 +28,8 @@ DONE = 0
 def run(args: argparse.Namespace) -> int:
     """Serve, or compile and leave; returns the exit code."""
     phases = Phases(log.info, before_s=max(0.0, time.time() - psutil.Process().create_time()))
-    settings = settings_of(args)
-    check_open(args.host, settings.api_keys, args.allow_no_key)
+    if not args.compile_only:  # what is refused is refused before others are waited for
+        check_open(args.host, settings_of(args).api_keys, args.allow_no_key)
     use_compiled_cache()
     if join_processes():
         from maxstack.serve.hosts.together import run_together  # for those who are not alone
