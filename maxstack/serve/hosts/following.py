@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from maxstack.config import RunError, UserError
 from maxstack.serve.device import Device
 from maxstack.serve.drafter import Drafter
 from maxstack.serve.forms import form_for
@@ -36,8 +37,12 @@ def follow(what: Start, phases: Phases, follower: Follower) -> str:
         except LinkLost as error:
             why = f"process 0 is gone: {error}"
         except STEP_ERRORS as error:
-            follower.fault(f"{type(error).__name__}: {error}")
-            raise
+            why = f"{type(error).__name__}: {error}"
+            follower.fault(why)
+            log.exception("this process cannot do what process 0 does")
+        except (UserError, RunError) as error:
+            why = str(error)
+            follower.fault(why)
         finally:
             follower.close()
     if why:

@@ -2,16 +2,20 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from maxstack.config import RunError, UserError
 from maxstack.serve.hosts.follower import Follower
 from maxstack.serve.hosts.joining import gathered
 from maxstack.serve.hosts.leader import Leader
 from maxstack.serve.meaning import start_of
 from maxstack.serve.operate.phases import Phases
+
+log = logging.getLogger(__name__)
 
 DONE, FAILED = 0, 1
 
@@ -19,7 +23,11 @@ DONE, FAILED = 0, 1
 def run_together(args: argparse.Namespace, phases: Phases, lead: Callable[[Leader | None], int]) -> int:
     """Lead or follow; the exit code."""
     what = start_of(args)
-    place = gathered(what)
+    try:
+        place = gathered(what)
+    except (UserError, RunError) as error:
+        log.error("%s", error)
+        leave(FAILED)
     if isinstance(place, Follower):
         from maxstack.serve.hosts.following import follow
 
