@@ -36,13 +36,13 @@ def follow(what: Start, phases: Phases, follower: Follower) -> str:
             why = _follow(what, phases, follower)
         except LinkLost as error:
             why = f"process 0 is gone: {error}"
+        except (UserError, RunError) as error:
+            why = str(error)
+            follower.fault(why)
         except STEP_ERRORS as error:
             why = f"{type(error).__name__}: {error}"
             follower.fault(why)
             log.exception("this process cannot do what process 0 does")
-        except (UserError, RunError) as error:
-            why = str(error)
-            follower.fault(why)
         finally:
             follower.close()
     if why:
