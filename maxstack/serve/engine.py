@@ -31,7 +31,8 @@ from maxstack.serve.errors import EngineDead
 from maxstack.serve.forms import form_for
 from maxstack.serve.hosts.leader import Leader
 from maxstack.serve.invariant import check_rows, needed
-from maxstack.serve.loop import Loop, News, Progress
+from maxstack.serve.loop import Loop
+from maxstack.serve.news import News, Progress
 from maxstack.serve.output import Answer, Delta, Output
 from maxstack.serve.pace import Pace
 from maxstack.serve.plan import Limits

@@ -45,7 +45,10 @@ class Leader:
 
     def say_limits(self, values: dict[str, Any]) -> None:
         """The sizes that all compile for. Raises RunError when a follower is gone."""
-        self._say(Kind.LIMITS, data=json.dumps(values).encode())
+        try:
+            self._say(Kind.LIMITS, data=json.dumps(values).encode())
+        except LinkLost as error:
+            raise RunError(str(error)) from error
 
     def wait(self, calls: Calls) -> None:
         """Until all followers have compiled the same. Raises RunError if they do not."""
