@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -83,8 +84,13 @@ def compiled(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         fresh = Path(folder) / library.name
         objects = [str(Path(folder) / f"{name}.o") for name in SOURCES]
-        for (name, own), made in zip(SOURCES.items(), objects, strict=True):
-            _run([compiler, *flags, *own, "-c", str(FOLDER / name), "-o", made])
+        with ThreadPoolExecutor(os.cpu_count()) as several:
+            jobs = [
+                several.submit(_run, [compiler, *flags, *own, "-c", str(FOLDER / name), "-o", made])
+                for (name, own), made in zip(SOURCES.items(), objects, strict=True)
+            ]
+            for job in jobs:
+                job.result()
         _run([compiler, *LINK, *objects, "-o", str(fresh)])
         fresh.replace(library)  # another process may do the same: the last one wins
     return library

@@ -67,6 +67,7 @@ class AsyncEngine:
         draft: Transformer | None = None,
         invariant: bool = False,
         leader: Leader | None = None,
+        use_up: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         """`limits` are by default what fits this machine; `kv_dtype` is the type of the cache's numbers, by default
@@ -76,7 +77,8 @@ class AsyncEngine:
         none by default, and then they cost nothing. With `limits.drafts` tokens are guessed, from what a row has said,
         or by the small model `draft`. `invariant` makes answers the same to the last bit in any company: where C++ does
         so anyhow it changes nothing, elsewhere it sets `Limits.invariant`, and `buckets` are not used. `leader` has
-        links to processes that hold their parts of the model; the engine ends with them."""
+        links to processes that hold their parts of the model; the engine ends with them. `use_up` lets the
+        model's own arrays be deleted where the engine has a copy."""
         self.config, self.tokenizer = model.config, tokenizer
         kv_dtype = model.config.dtype if kv_dtype is None else kv_dtype
         invariant = invariant and needed(model, on, adapters)
@@ -84,7 +86,7 @@ class AsyncEngine:
         if invariant:
             self.limits = dataclasses.replace(self.limits, invariant=True)
         self.on = on
-        form, weights = form_for(model, on, adapters)
+        form, weights = form_for(model, on, adapters, use_up)
         drafter = (
             None if draft is None else Drafter(draft, model.config, self.limits, kv_dtype, on, mesh_of(model))
         )

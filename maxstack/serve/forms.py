@@ -17,17 +17,17 @@ from maxstack.serve.programs import Form, Weights
 
 
 def form_for(
-    model: Transformer, on: str | None = None, slots: AdapterSlots | None = None
+    model: Transformer, on: str | None = None, slots: AdapterSlots | None = None, use_up: bool = False
 ) -> tuple[Form, Weights]:
     """The form for a platform ("cpu", "cuda", "tpu"; by default the one at hand), and the weights as it takes them.
 
-    On a CPU those are a copy, laid out anew: let go of the model if memory is short. With `slots` there is room for
-    adapters beside them. A model that lies on a mesh stays there.
+    On a CPU those are a copy, laid out anew: with `use_up` the model's own are deleted meanwhile, as far as can be.
+    With `slots` there is room for adapters beside them. A model that lies on a mesh stays there.
     """
     mesh = sharding.mesh_of(model)
     if (on or platform()) == "cpu" and mesh is None:
         if writes_in_place(model.config) and can_loop(model):
-            laid_out = looped(model)
+            laid_out = looped(model, use_up)
             leaves, treedef = jax.tree.flatten(laid_out)
             form = in_a_loop(treedef, slots is not None)
             return form, leaves if slots is None else (leaves, rooms.beside_stacks(laid_out.model, slots))

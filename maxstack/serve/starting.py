@@ -128,13 +128,15 @@ def start(
             )
         engine = AsyncEngine(
             model, tokenizer, limits=limits_of(what, model.config, kv, invariant=invariant), kv_dtype=kv,
-            adapters=slots, draft=draft, leader=leader,
+            adapters=slots, draft=draft, leader=leader, use_up=True,
         )  # fmt: skip
         del model, draft  # the engine has its own form of the weights
     with phases.phase(COMPILE, "every program is compiled"):
         engine.warm_up(phases.compiled)
     if metrics is not None:  # when nothing else uses the memory that is measured
-        metrics.traffic = traffic_of(what, engine, kv, peak_bandwidth(jax.local_devices()[0].device_kind))
+        metrics.traffic = traffic_of(
+            what, engine, kv, peak_bandwidth(jax.local_devices()[0].device_kind, engine.leaves)
+        )
     if what.adapters:
         with phases.phase(ADAPTERS, ", ".join(name for name, _ in what.adapters)):
             for name, folder in what.adapters:

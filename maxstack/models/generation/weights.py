@@ -154,16 +154,24 @@ def can_loop(model: Transformer) -> bool:
     )
 
 
-def looped(model: Transformer) -> Looped:
+def looped(model: Transformer, use_up: bool = False) -> Looped:
     """The model with its layers in stacks, their products' weights laid out by output: a program is no longer for more
-    layers, nor longer in coming."""
+    layers, nor longer in coming. With `use_up` the model's own are deleted one after the other, so that there never
+    are two of all."""
     dtype = jnp.dtype(model.config.dtype)
     outer, head = without_stacks(model, for_rows(dtype))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        replace = {**for_rows(dtype), Linear: lambda linear: RowsLinear(linear, dtype, threads)}
+
+        def laid_out(linear: Linear) -> RowsLinear:
+            rows = RowsLinear(linear, dtype, threads)
+            if use_up:
+                linear.w[...].delete()
+            return rows
+
+        replace = {**for_rows(dtype), Linear: laid_out}
         outer.stacks = nnx.List([with_parts(cast(Any, stack), lambda part: part) for stack in model.stacks])
         for stack in outer.stacks:
-            layers = jax.tree.map(np.asarray, stack.layers)
+            layers = cast(Any, stack).layers
             stack.layers = nnx.List([placed(cast_products(layer, dtype, replace), dtype) for layer in layers])
     return Looped(outer, cast(Any, head))
 
@@ -191,16 +199,17 @@ def with_short_table(embedding: Embedding, dtype: jnp.dtype) -> Embedding:
     return copy
 
 
-LAID_OUT = (Panels, PanelStack, Embedding)
-"""What has its own type by now."""
+LAID_OUT = (Panels, PanelStack, Embedding, Packed)
+"""What has its own types by now."""
 
 
 def placed(module: Any, dtype: jnp.dtype) -> Any:
-    """A module of numpy arrays on the device; scales and offsets of bfloat16 in the compute type."""
+    """A module of arrays on the device; scales and offsets of bfloat16 in the compute type."""
 
     def place(part: Any) -> Any:
         if isinstance(part, LAID_OUT):
             return jax.device_put(part)
+        part = np.asarray(part)
         return jax.device_put(part.astype(dtype) if part.dtype == jnp.bfloat16 else part)
 
     return jax.tree.map(place, module, is_leaf=lambda part: isinstance(part, LAID_OUT))
