@@ -160,6 +160,11 @@ def weight_shardings(
     }
 
 
+def place_of(mesh: Mesh | None, axes: tuple[str, ...]) -> NamedSharding | None:
+    """Where an operand with logical `axes` lies; None without a mesh."""
+    return None if mesh is None else NamedSharding(mesh, present(mesh, weight_spec(axes, "compute", 0)))
+
+
 def check_divides(shapes: Mapping[str, tuple[int, ...]], shardings: Mapping[str, NamedSharding]) -> None:
     """Raise UserError naming the first array whose dimension does not divide by its mesh axes, with the numbers."""
     for name, sharding in shardings.items():
@@ -224,6 +229,11 @@ def gather(weight: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype) -> jax.Ar
 def whole(array: jax.Array) -> jax.Array:
     """`array`, all of it on every device of the mesh it lies on."""
     return array if on_one_device() else jax.reshard(array, PartitionSpec(*(None,) * array.ndim))
+
+
+def as_cut(array: jax.Array, like: jax.Array) -> jax.Array:
+    """`array`, cut over the mesh as another of its rank is."""
+    return array if on_one_device() else jax.reshard(array, jax.typeof(like).sharding.spec)
 
 
 def gather_local(cut: jax.Array, spec: PartitionSpec, tokens: PartitionSpec, dtype: jnp.dtype) -> jax.Array:

@@ -62,7 +62,8 @@ def _sizes(group: Any) -> None:
     add = group.add_argument
     add("--kv", choices=KV, help="type of the cache's numbers; int8 holds twice the tokens of bfloat16")
     add("--tensor", type=positive, default=1, metavar="N",
-        help="devices of this machine that share the model (default 1); kv heads must divide by it")  # fmt: skip
+        help="devices that share the model (default 1), those of this machine or of all processes together; kv heads "
+        "must divide by it")  # fmt: skip
     add("--max-length", type=positive, metavar="N", help="tokens of prompt and answer together, at most")
     add("--rows", type=positive, metavar="N", help="requests worked on at once")
     add("--pages", type=positive, metavar="N", help="pages of the cache (default: what fits)")

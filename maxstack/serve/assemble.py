@@ -8,6 +8,7 @@ from typing import Any
 
 import maxstack
 from maxstack.serve.engine import AsyncEngine
+from maxstack.serve.hosts.leader import Leader
 from maxstack.serve.http.settings import Settings
 from maxstack.serve.meaning import start_of
 from maxstack.serve.operate.management import management
@@ -28,10 +29,11 @@ class Parts:
     """The operation at once, the engine when `begin` has made it. Belongs into a running event loop."""
 
     def __init__(
-        self, args: argparse.Namespace, settings: Settings, phases: Phases, loading: Loading | None = None
-    ):
-        """`loading`: the model is being read already."""
-        self.settings, self._loading = settings, loading
+        self, args: argparse.Namespace, settings: Settings, phases: Phases, loading: Loading | None = None,
+        leader: Leader | None = None,
+    ):  # fmt: skip
+        """`loading`: the model is being read already. `leader`: other processes follow."""
+        self.settings, self._loading, self._leader = settings, loading, leader
         self._start, self._finishing = start_of(args), []
         self.operation = Operation(
             self._start.model_name, phases=phases, stuck_after_s=args.stuck_after, requests=self._requests(args),
@@ -42,7 +44,9 @@ class Parts:
 
     def begin(self) -> AsyncEngine:
         """The engine, ready for its first request; takes its time, in any thread."""
-        engine = start(self._start, self.operation.phases, self.operation.metrics, self._loading)
+        engine = start(
+            self._start, self.operation.phases, self.operation.metrics, self._loading, self._leader
+        )
         self._loading = None
         gc.freeze()  # what is there now stays: no request waits for it to be looked through
         gc.enable()

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from maxstack import sharding
-from maxstack.config import UserError
 from maxstack.kernels import cpu_native
 from maxstack.models.adapters import AdapterSlots
 from maxstack.models.generation.weights import Looped, Unstacked, can_loop, cast_products, looped, unstack
@@ -36,10 +35,6 @@ def form_for(
         leaves, treedef = jax.tree.flatten(unstacked)
         form = written_out(model.config, treedef, slots is not None, in_place=writes_in_place(model.config))
         return form, leaves if slots is None else (leaves, rooms.beside_layers(unstacked, slots))
-    if mesh is not None and slots is not None:
-        raise UserError(
-            f"adapters are not served on {mesh.size} devices yet: merge one into the weights, or serve on one device"
-        )
     with sharding.on_mesh(mesh):
         leaves, treedef = jax.tree.flatten(cast_products(model, jnp.dtype(model.config.dtype)))
     form = scanned(treedef, slots is not None)

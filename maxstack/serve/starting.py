@@ -21,6 +21,7 @@ from maxstack.models.load import load
 from maxstack.models.paged.pools import page_bytes
 from maxstack.models.transformer import Transformer, TransformerConfig
 from maxstack.serve.engine import AsyncEngine
+from maxstack.serve.hosts.leader import Leader
 from maxstack.serve.invariant import needed
 from maxstack.serve.operate.bandwidth import peak_bandwidth
 from maxstack.serve.operate.phases import ADAPTERS, COMPILE, LOAD, WEIGHTS, Phases
@@ -108,21 +109,26 @@ def loaded(what: Start, phases: Phases) -> tuple[Transformer, Tokenizer | None]:
 
 
 def start(
-    what: Start, phases: Phases, metrics: "Metrics | None" = None, loading: Loading | None = None
-) -> AsyncEngine:
-    """An engine, ready for its first request; its model may be `loading` already. Raises UserError for what cannot be
-    served."""
+    what: Start, phases: Phases, metrics: "Metrics | None" = None, loading: Loading | None = None,
+    leader: Leader | None = None,
+) -> AsyncEngine:  # fmt: skip
+    """An engine, ready for its first request; its model may be `loading` already, others may follow. Raises UserError
+    for what cannot be served."""
     model, tokenizer = loaded(what, phases) if loading is None else loading.taken()
     if tokenizer is None:
         raise UserError(f"{what.model} has no tokenizer beside it: requests and answers are text")
     with phases.phase(WEIGHTS, "weights and cache lie on the device"):
         kv = what.kv or model.config.dtype
-        draft = None if what.draft_model is None else load(what.draft_model, dtype=what.dtype)[0]
+        draft = draft_of(what)
         slots = slots_of(what)
         invariant = what.invariant and needed(model, adapters=slots)
+        if invariant and leader is not None:
+            raise UserError(
+                "--invariant is not served by several processes yet: leave it out, or serve in one"
+            )
         engine = AsyncEngine(
             model, tokenizer, limits=limits_of(what, model.config, kv, invariant=invariant), kv_dtype=kv,
-            adapters=slots, draft=draft, use_up=True,
+            adapters=slots, draft=draft, leader=leader, use_up=True,
         )  # fmt: skip
         del model, draft  # the engine has its own form of the weights
     with phases.phase(COMPILE, "every program is compiled"):
@@ -138,8 +144,23 @@ def start(
     return engine
 
 
+def draft_of(what: Start) -> Transformer | None:
+    """The small model that guesses, on the mesh of the large one."""
+    if what.draft_model is None:
+        return None
+    return load(what.draft_model, dtype=what.dtype, mesh=mesh_for(what.tensor))[0]
+
+
 def mesh_for(tensor: int) -> Mesh | None:
-    """The first devices as a mesh; None for one. Raises UserError if there are not so many."""
+    """The first devices as a mesh, or those of all processes; None for one. Raises UserError if there are not so
+    many."""
+    if (processes := jax.process_count()) > 1:
+        if tensor != (together := jax.device_count()):
+            raise UserError(
+                f"--tensor {tensor}: {processes} processes have {together} devices together, and all take part: give "
+                f"--tensor {together}"
+            )
+        return build_mesh(MeshConfig(fsdp=1, tensor=tensor))
     if tensor == 1:
         return None
     if tensor > (there := jax.local_device_count()):

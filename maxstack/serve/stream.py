@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from maxstack.serve.adapters import Held
-from maxstack.serve.loop import News
+from maxstack.serve.news import News
 from maxstack.serve.output import Answer, Delta, Output
 
 

@@ -17,6 +17,7 @@ from maxstack.models import adapters
 from maxstack.models.generation.matrix import Panels
 from maxstack.models.generation.weights import can_loop, looped
 from maxstack.models.load import load
+from maxstack.models.packing import packed
 from maxstack.models.paged.forward import Chunk
 from maxstack.models.paged.pools import init_pools
 from maxstack.models.save import save
@@ -149,6 +150,11 @@ def test_weights_that_are_kept_as_filed_are_laid_out_as_any(tmp_path):
     for short, long in zip(form_for(one)[1], form_for(other)[1], strict=True):
         assert short.dtype == long.dtype
         np.testing.assert_array_equal(short, long)
+
+
+def test_scales_of_packed_weights_keep_their_type():
+    _, weights = form_for(packed(build(CONFIG), "int4-g32"))
+    assert any(leaf.dtype == jnp.bfloat16 for leaf in weights)
 
 
 @native

@@ -206,8 +206,8 @@ def with_short_table(embedding: Embedding, dtype: jnp.dtype) -> Embedding:
     return copy
 
 
-LAID_OUT = (Panels, PanelStack, PackedPanels, PackedMatrix, Embedding)
-"""What has its own type by now."""
+LAID_OUT = (Panels, PanelStack, PackedPanels, Embedding, Packed)
+"""What has its own types by now."""
 
 
 def placed(module: Any, dtype: jnp.dtype) -> Any:

@@ -83,7 +83,7 @@ def test_an_error_inside_a_stream_is_an_error_event_and_the_stream_ends(url, eng
     import openai
 
     from maxstack.serve.errors import NotFinite
-    from maxstack.serve.loop import News
+    from maxstack.serve.news import News
 
     hear = engine._hear
 
