@@ -80,7 +80,10 @@ def test_a_loop_counts_as_often_as_it_runs_slices_and_updates_for_what_they_touc
     found = {one.name: (one.bytes, one.times) for one in traffic(PROGRAM, kernels)}
     pool = 64 * 8 * 128 * 4
     assert found == {
-        "own": (4 * 256 * 128 * 4, 4),  # each time one layer of the stack, which then lies on the chip
+        "own": (
+            4 * (256 * 128 * 4 + 4),
+            4,
+        ),  # each time the index and one layer of the stack, then on the chip
         "kernel.7": (4 * 1000, 4),
         "put": (4 * 2 * 8 * 128 * 4, 4),  # a row of a tile: the tile is read and written
         "copied": (2 * pool, 1),

@@ -98,7 +98,7 @@ def cost_of(record: dict[str, Any], *, of_bandwidth: float, of_products: float) 
     few, many = record["steps"][0], record["steps"][-1]
     peaks, chips = CHIPS[record["chip"]], record["chips"]
 
-    def of_all(step: dict[str, Any]) -> float:
+    def of_all(step: dict[str, Any]) -> int:
         return chips * (step["moved"] - step["cache"])
 
     between = max(many["rows"] - few["rows"], 1)
