@@ -103,17 +103,28 @@ void panels_product(ffi::ThreadPool& pool, const float* x, const W* w, const flo
 
 }  // namespace
 
-// x [t, k], w [n / 16, k, 16], scale [n] or [0] -> y [t, n] = x w scale
+// x [t, k], w [n / 16, k, 16], scale [n] or [0] -> y [t, n] = x w scale; with sizes [e] each row, sorted by group, with
+// its group's of w [e, n / 16, k, 16] and scale [e, n].
 static ffi::Error PanelProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
-                               ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> y) {
-  int64_t rows = x.dimensions()[0], k = x.dimensions()[1], panels = w.dimensions()[0];
+                               ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> sizes,
+                               ffi::ResultBuffer<ffi::F32> y) {
+  auto shape = w.dimensions();
+  int64_t rows = x.dimensions()[0], k = x.dimensions()[1], panels = shape[shape.size() - 3], n = panels * kPanel;
   if (rows == 0 || k == 0) {
     std::fill_n(y->typed_data(), y->element_count(), 0.0f);
     return ffi::Error::Success();
   }
-  const float* by = scale.element_count() > 0 ? scale.typed_data() : nullptr;
+  const float *xp = x.typed_data(), *by = scale.element_count() > 0 ? scale.typed_data() : nullptr;
+  float* yp = y->typed_data();
   auto run = [&](const auto* numbers) {
-    panels_product(pool, x.typed_data(), numbers, by, y->typed_data(), rows, k, panels);
+    auto one = [&](int64_t g, int64_t start, int64_t own) {
+      panels_product(pool, xp + start * k, numbers + g * n * k, by ? by + g * n : nullptr, yp + start * n, own, k,
+                     panels);
+    };
+    if (sizes.element_count() > 0)
+      each_group(sizes.typed_data(), shape[0], rows, n, yp, one);
+    else
+      one(0, 0, rows);
   };
   if (w.element_type() == ffi::F32)
     run(w.typed_data<float>());
@@ -224,4 +235,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(panel_product, PanelProduct,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
