@@ -35,28 +35,37 @@ VALUES_A_WORD = 8
 
 def panel_product(
     x_tk: Float32[Array, "t k"],
-    w_pko: Float32[Array, "p k 16"] | BFloat16[Array, "p k 16"] | Int8[Array, "p k 16"],
-    scale_n: Float32[Array, "n"] | None = None,
+    w_pko: Float32[Array, "*e p k 16"] | BFloat16[Array, "*e p k 16"] | Int8[Array, "*e p k 16"],
+    scale_n: Float32[Array, "*e n"] | None = None,
+    sizes_e: Int32[Array, "e"] | None = None,
 ) -> Float32[Array, "t n"]:
     """`x w` for any number of rows, with w's outputs in panels, each output times its scale. A row's result does not
-    depend on how many there are: each output is summed over k in order."""
-    out = jax.ShapeDtypeStruct((x_tk.shape[0], w_pko.shape[0] * PANEL), jnp.float32)
+    depend on how many there are: each output is summed over k in order.
+
+    With sizes each row, sorted by group, meets the matrix of its group; rows of no group give 0.
+    """
+    out = jax.ShapeDtypeStruct((x_tk.shape[0], w_pko.shape[-3] * PANEL), jnp.float32)
     scale = jnp.zeros((0,), jnp.float32) if scale_n is None else scale_n
-    return jax.ffi.ffi_call(PREFIX + "panel_product", out)(x_tk, w_pko, scale)
+    return jax.ffi.ffi_call(PREFIX + "panel_product", out)(x_tk, w_pko, scale, or_none(sizes_e))
+
+
+def or_none(sizes_e: Int32[Array, "e"] | None) -> Int32[Array, "e"]:
+    """Sizes of groups as C++ takes them: an empty array for none."""
+    return jnp.zeros((0,), jnp.int32) if sizes_e is None else sizes_e
 
 
 def int4_panel_product(
-    x_tk: Float32[Array, "t k"], words_pco: UInt32[Array, "p c 16"], scale_pgo: BFloat16[Array, "p g 16"],
-    zero_pgo: BFloat16[Array, "p g 16"] | None, *, group: int,
+    x_tk: Float32[Array, "t k"], words_pco: UInt32[Array, "*e p c 16"], scale_pgo: BFloat16[Array, "*e p g 16"],
+    zero_pgo: BFloat16[Array, "*e p g 16"] | None, sizes_e: Int32[Array, "e"] | None = None, *, group: int,
 ) -> Float32[Array, "t n"]:  # fmt: skip
     """The same with eight values of 4 bits a word, each kept as itself plus 8, and scales for groups of 32 or 128
     inputs; a zero point is kept as `(8 + zero) / 8`."""
-    rows, words = x_tk.shape[0], words_pco.shape[1]
-    out = jax.ShapeDtypeStruct((rows, words_pco.shape[0] * PANEL), jnp.float32)
-    laid = jax.ShapeDtypeStruct((rows, words * VALUES_A_WORD + scale_pgo.shape[1]), jnp.float32)
+    rows, words = x_tk.shape[0], words_pco.shape[-2]
+    out = jax.ShapeDtypeStruct((rows, words_pco.shape[-3] * PANEL), jnp.float32)
+    laid = jax.ShapeDtypeStruct((rows, words * VALUES_A_WORD + scale_pgo.shape[-2]), jnp.float32)
     zero = jnp.zeros((0,), jnp.bfloat16) if zero_pgo is None else zero_pgo
     call = jax.ffi.ffi_call(PREFIX + "int4_panel_product", (out, laid))
-    return call(x_tk, words_pco, scale_pgo, zero, group=np.int64(group))[0]
+    return call(x_tk, words_pco, scale_pgo, zero, or_none(sizes_e), group=np.int64(group))[0]
 
 
 def panel_product_at(

@@ -21,7 +21,8 @@ typedef uint32_t Words __attribute__((vector_size(kLanes * 4), aligned(4), may_a
 
 constexpr int kWord = 8;                    // values of a word
 constexpr int64_t kPieceBytes = 1 << 15;    // of weights: some microseconds
-constexpr int64_t kRunGroups = 512;         // inputs of a panel that are float32 at once
+constexpr int64_t kRun = 512;               // inputs of a panel that are float32 at once
+constexpr int64_t kLaidAtOnce = 16;         // rows of x that a thread lays out
 
 // u 16^J, but for the last one u: its mask would be a sign.
 template <int J>
@@ -153,9 +154,9 @@ void few_rows(const Int4& s, const float* x, const Matrix& m, int64_t panels, fl
 // y [rows, 16] of one panel, made float32 a run at a time.
 template <int kGroup>
 void many_rows(const Int4& s, const float* x, int64_t rows, const Matrix& m, float* y) {
-  constexpr int64_t kWords = kRunGroups / kWord;
+  constexpr int64_t kWords = kRun / kWord;
   static thread_local std::vector<float> held;
-  held.resize(kRunGroups * kPanel);
+  held.resize(kRun * kPanel);
   for (int64_t c = 0; c < s.words; c += kWords) {
     int64_t end = std::min(s.words, c + kWords);
     float* to = held.data();
@@ -208,28 +209,37 @@ void int4_product(ffi::ThreadPool& pool, const Int4& s, const float* laid, const
 }  // namespace
 
 // x [t, k], words [n / 16, ceil(k / 8), 16], scale [n / 16, ceil(k / group), 16], zero the same as (8 + zero) / 8 or [0]
-// -> y [t, n] = x (q - zero) scale, and x as it was laid out
+// -> y [t, n] = x (q - zero) scale, and x as it was laid out; with sizes [e] each row, sorted by group, with the matrix of
+// its group, of which there are e one after the other.
 static ffi::Error Int4PanelProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U32> words,
                                    ffi::Buffer<ffi::BF16> scale, ffi::Buffer<ffi::BF16> zero,
-                                   ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> laid, int64_t group) {
-  int64_t k = x.dimensions()[1];
-  Int4 s{x.dimensions()[0], words.dimensions()[1], scale.dimensions()[1], words.dimensions()[0]};
-  Matrix m{words.typed_data(), reinterpret_cast<const Bf16*>(scale.untyped_data()),
-           zero.element_count() > 0 ? reinterpret_cast<const Bf16*>(zero.untyped_data()) : nullptr};
-  constexpr int64_t kLaidAtOnce = 16;
+                                   ffi::Buffer<ffi::S32> sizes, ffi::ResultBuffer<ffi::F32> y,
+                                   ffi::ResultBuffer<ffi::F32> laid, int64_t group) {
+  if (group != 32 && group != 128) return ffi::Error::InvalidArgument("int4_panel_product: groups of 32 or 128");
+  auto shape = words.dimensions();
+  int64_t rows = x.dimensions()[0], k = x.dimensions()[1], last = shape.size() - 3;
+  Int4 s{rows, shape[last + 1], scale.dimensions()[last + 1], shape[last]};
+  const auto* scales = reinterpret_cast<const Bf16*>(scale.untyped_data());
+  const auto* zeros = zero.element_count() > 0 ? reinterpret_cast<const Bf16*>(zero.untyped_data()) : nullptr;
   const float* from = x.typed_data();
-  float* to = laid->typed_data();
-  auto lay = [=](int64_t i) {
-    for (int64_t b = i * kLaidAtOnce; b < std::min(s.rows, (i + 1) * kLaidAtOnce); ++b)
+  float *to = laid->typed_data(), *yp = y->typed_data();
+  deal(pool, (rows + kLaidAtOnce - 1) / kLaidAtOnce, [=](int64_t i) {
+    for (int64_t b = i * kLaidAtOnce; b < std::min(rows, (i + 1) * kLaidAtOnce); ++b)
       lay_out(from + b * k, k, group, s, to + b * s.laid());
+  });
+  auto one = [&](int64_t g, int64_t start, int64_t own) {
+    Int4 part{own, s.words, s.groups, s.panels};
+    int64_t at = g * s.n() * s.groups;
+    Matrix m{words.typed_data() + g * s.n() * s.words, scales + at, zeros ? zeros + at : nullptr};
+    if (group == 32)
+      int4_product<32>(pool, part, to + start * s.laid(), m, yp + start * s.n());
+    else
+      int4_product<128>(pool, part, to + start * s.laid(), m, yp + start * s.n());
   };
-  deal(pool, (s.rows + kLaidAtOnce - 1) / kLaidAtOnce, lay);
-  if (group == 32)
-    int4_product<32>(pool, s, to, m, y->typed_data());
-  else if (group == 128)
-    int4_product<128>(pool, s, to, m, y->typed_data());
+  if (sizes.element_count() > 0)
+    each_group(sizes.typed_data(), shape[0], rows, s.n(), yp, one);
   else
-    return ffi::Error::InvalidArgument("int4_panel_product: groups of 32 or 128");
+    one(0, 0, rows);
   return ffi::Error::Success();
 }
 
@@ -240,6 +250,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(int4_panel_product, Int4PanelProduct,
                                   .Arg<ffi::Buffer<ffi::U32>>()
                                   .Arg<ffi::Buffer<ffi::BF16>>()
                                   .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("group"));

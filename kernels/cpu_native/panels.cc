@@ -103,16 +103,27 @@ void panels_product(ffi::ThreadPool& pool, const float* x, const W* w, const flo
 
 }  // namespace
 
-// x [t, k], the `which` th of the matrices w [.., n / 16, k, 16], scale [n] or [0] -> y [t, n] = x w scale
+// x [t, k], w [n / 16, k, 16], scale [n] or none -> y [t, n] = x w scale; of several matrices w [e, n / 16, k, 16] the
+// `which` th; with sizes [e] each row, sorted by group, with its group's, and scale [e, n].
 static ffi::Error product_with(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, int64_t which,
-                               const float* scale, ffi::ResultBuffer<ffi::F32> y) {
-  int64_t rows = x.dimensions()[0], k = x.dimensions()[1], panels = w.dimensions()[w.dimensions().size() - 3];
+                               const float* by, const int32_t* sizes, ffi::ResultBuffer<ffi::F32> y) {
+  auto shape = w.dimensions();
+  int64_t rows = x.dimensions()[0], k = x.dimensions()[1], panels = shape[shape.size() - 3], n = panels * kPanel;
   if (rows == 0 || k == 0) {
     std::fill_n(y->typed_data(), y->element_count(), 0.0f);
     return ffi::Error::Success();
   }
+  const float* xp = x.typed_data();
+  float* yp = y->typed_data();
   auto run = [&](const auto* numbers) {
-    panels_product(pool, x.typed_data(), numbers + which * panels * k * kPanel, scale, y->typed_data(), rows, k, panels);
+    auto one = [&](int64_t g, int64_t start, int64_t own) {
+      panels_product(pool, xp + start * k, numbers + g * n * k, by ? by + g * n : nullptr, yp + start * n, own, k,
+                     panels);
+    };
+    if (sizes)
+      each_group(sizes, shape[0], rows, n, yp, one);
+    else
+      one(which, 0, rows);
   };
   if (w.element_type() == ffi::F32)
     run(w.typed_data<float>());
@@ -124,8 +135,10 @@ static ffi::Error product_with(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> x, f
 }
 
 static ffi::Error PanelProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
-                               ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> y) {
-  return product_with(pool, x, w, 0, scale.element_count() > 0 ? scale.typed_data() : nullptr, y);
+                               ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> sizes,
+                               ffi::ResultBuffer<ffi::F32> y) {
+  return product_with(pool, x, w, 0, scale.element_count() > 0 ? scale.typed_data() : nullptr,
+                      sizes.element_count() > 0 ? sizes.typed_data() : nullptr, y);
 }
 
 // The same with one of many matrices, which are not copied: w [l, n / 16, k, 16], at [].
@@ -133,7 +146,7 @@ static ffi::Error PanelProductAt(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, 
                                  ffi::Buffer<ffi::S32> at, ffi::ResultBuffer<ffi::F32> y) {
   int64_t which = at.typed_data()[0];
   if (which < 0 || which >= w.dimensions()[0]) return ffi::Error::InvalidArgument("there is no such matrix");
-  return product_with(pool, x, w, which, nullptr, y);
+  return product_with(pool, x, w, which, nullptr, nullptr, y);
 }
 
 // x [t, n] -> y [t], the sum of each row, in one order whatever the number of rows.
@@ -244,4 +257,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(panel_product, PanelProduct,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

@@ -184,6 +184,18 @@ void deal(ffi::ThreadPool& pool, int64_t pieces, Piece piece) {
   }
 }
 
+// product(group, first row, rows) of each group that has rows; rows of no group give 0.
+template <typename Product>
+void each_group(const int32_t* sizes, int64_t groups, int64_t rows, int64_t n, float* y, Product product) {
+  int64_t start = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    int64_t own = std::clamp<int64_t>(sizes[g], 0, rows - start);
+    if (own > 0) product(g, start, own);
+    start += own;
+  }
+  std::fill(y + start * n, y + rows * n, 0.0f);
+}
+
 // y[b, r] = scale[r] sum x[b] w[r] for B rows of x and R rows of w; no scale: 1.
 template <int B, int R, typename W>
 inline void tile(const float* x, const W* w, const float* scale, float* y, int64_t k, int64_t n) {

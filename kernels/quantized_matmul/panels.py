@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from maxstack.kernels import cpu_native
 from maxstack.kernels.quantized_matmul.weight import QuantizedWeight, in_bytes
@@ -22,7 +22,8 @@ SIGNS = 0x88888888
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PanelWeight:
-    """A matrix [N outputs, K inputs] in ⌈N/16⌉ panels; the last one is filled up."""
+    """A matrix [N outputs, K inputs] in ⌈N/16⌉ panels; the last one is filled up. Arrays may have an axis of matrices
+    in front."""
 
     # Any: jax puts other things where arrays are.
     values: Any
@@ -40,7 +41,10 @@ class PanelWeight:
 
 
 def in_panels(w: QuantizedWeight) -> PanelWeight:
-    """The weight laid out anew, by the host, in numpy's arrays."""
+    """The weight, or the matrices stacked in it, laid out anew by the host, in numpy's arrays."""
+    if w.values.ndim == 3:
+        each = [in_panels(jax.tree.map(lambda a, i=i: a[i], w)) for i in range(w.values.shape[0])]
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *each)
     sizes = {"outputs": w.outputs, "inputs": w.inputs, "group": w.group}
     if w.bits == 8:
         scale = filled(np.asarray(w.scale, np.float32).reshape(-1))
@@ -68,13 +72,17 @@ def panels(array_nk: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(whole.reshape(-1, cpu_native.PANEL, whole.shape[1]).swapaxes(1, 2))
 
 
-def panel_matmul(x_tk: Float[Array, "t k"], w: PanelWeight) -> Float[Array, "t n"]:
-    """`x w^T`, summed in float32 and left so."""
+def panel_matmul(
+    x_tk: Float[Array, "t k"], w: PanelWeight, group_sizes_e: Int[Array, "e"] | None = None
+) -> Float[Array, "t n"]:
+    """`x w^T`, summed in float32 and left so. With sizes each row, sorted by group, meets the matrix of its group; rows
+    of no group give 0."""
     x_tk = x_tk.astype(jnp.float32)
+    sizes_e = None if group_sizes_e is None else group_sizes_e.astype(jnp.int32)
     if w.values.dtype == jnp.int8:
-        y_tn = cpu_native.panel_product(x_tk, w.values, w.scale)
+        y_tn = cpu_native.panel_product(x_tk, w.values, w.scale, sizes_e)
     else:
-        y_tn = cpu_native.int4_panel_product(x_tk, w.values, w.scale, w.zero, group=w.group)
+        y_tn = cpu_native.int4_panel_product(x_tk, w.values, w.scale, w.zero, sizes_e, group=w.group)
     return y_tn[:, : w.outputs]
 
 

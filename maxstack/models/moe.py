@@ -11,10 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 from maxstack import sharding
 from maxstack.config import UserError
 from maxstack.kernels.grouped_matmul import grouped_matmul
-from maxstack.kernels.quantized_matmul import QuantizedWeight
+from maxstack.kernels.quantized_matmul import PanelWeight, QuantizedWeight, panel_matmul
 from maxstack.models.feed_forward import ACTIVATIONS, Activation, Aux, FeedForwardConfig
 from maxstack.models.layers import Buffer, Weight, constant, operand, require, weight
-from maxstack.models.packed import PackedMatrix
+from maxstack.models.packed import PackedMatrix, PackedPanels
 from maxstack.models.product import product
 
 
@@ -100,9 +100,9 @@ class Experts(NamedTuple):
     """The arrays of the routed experts that products with tokens sorted by expert need. In few bits a matrix lies the
     other way around, [outputs, inputs]."""
 
-    gate_edf: Float[Array, "e d f"] | QuantizedWeight
-    up_edf: Float[Array, "e d f"] | QuantizedWeight
-    down_efd: Float[Array, "e f d"] | QuantizedWeight
+    gate_edf: Float[Array, "e d f"] | QuantizedWeight | PanelWeight
+    up_edf: Float[Array, "e d f"] | QuantizedWeight | PanelWeight
+    down_efd: Float[Array, "e f d"] | QuantizedWeight | PanelWeight
     gate_b_ef: Float[Array, "e f"] | None = None
     up_b_ef: Float[Array, "e f"] | None = None
 
@@ -150,10 +150,10 @@ class MoE(nnx.Module):
             y = y + product(used_bte, self.down_b[...], ("expert", "embed"))
         return (y if self.shared is None else y + self.shared_part(x)), aux
 
-    def matrix(self, name: str) -> Array | QuantizedWeight:
+    def matrix(self, name: str) -> Array | QuantizedWeight | PanelWeight:
         """The routed experts' weights `name`, as they are kept."""
         w = getattr(self, name)
-        return w.weight if isinstance(w, PackedMatrix) else w[...]
+        return w.weight if isinstance(w, PackedMatrix | PackedPanels) else w[...]
 
     def shared_part(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """What the shared expert adds."""
@@ -229,7 +229,7 @@ def run_experts(
         return x.dtype if w.ndim == 3 else jnp.dtype(jnp.float32)
 
     def in_few_bits(w: Any) -> bool:
-        return isinstance(w, QuantizedWeight)
+        return isinstance(w, QuantizedWeight | PanelWeight)
 
     mesh = sharding.current_mesh()
     if mesh is None:
@@ -287,12 +287,17 @@ def local_experts(x: Array, chosen: Array, weights: Array, experts: Experts, *, 
     sizes = jnp.bincount(flat, length=config.experts).astype(jnp.int32)
     sorted_x, of = x.reshape(tokens, d)[order // per_token], flat[order]
 
-    def inner(w_edf: Array | QuantizedWeight, b_ef: Array | None) -> Array:
-        y = grouped_matmul(sorted_x, w_edf, sizes)
+    def times(x: Array, w: Array | QuantizedWeight | PanelWeight) -> Array:
+        if isinstance(w, PanelWeight):
+            return panel_matmul(x, w, sizes).astype(x.dtype)
+        return grouped_matmul(x, w, sizes)
+
+    def inner(w_edf: Array | QuantizedWeight | PanelWeight, b_ef: Array | None) -> Array:
+        y = times(sorted_x, w_edf)
         return y if b_ef is None else y + b_ef[of]
 
     gate, up = inner(experts.gate_edf, experts.gate_b_ef), inner(experts.up_edf, experts.up_b_ef)
-    y = grouped_matmul(gated(gate, up, config).astype(x.dtype), experts.down_efd, sizes)
+    y = times(gated(gate, up, config).astype(x.dtype), experts.down_efd)
     y = jnp.zeros_like(y).at[order].set(y).reshape(tokens, per_token, d)
     return jnp.einsum("tjd,tj->td", y, weights.reshape(tokens, per_token)).reshape(b, t, d)
 

@@ -70,6 +70,19 @@ def test_int4_kept_as_such_is_laid_out_alike():
     np.testing.assert_array_equal(in_panels(stored(w, "int4")).values, in_panels(w).values)
 
 
+@pytest.mark.parametrize("sizes", [[3, 0, 1, 20, 2], [0, 0, 0, 0, 40], [4, 30, 0, 0, 0], [0, 0, 0, 0, 0]])
+@pytest.mark.parametrize("kind", ["int8", "int4-g32"])
+def test_rows_get_the_matrix_of_their_group_and_the_bits_of_any_other_company(kind, sizes):
+    own = [in_panels(quantize(jnp.asarray(drawn(37, 257, seed=group)), kind)) for group in range(5)]
+    x = jnp.asarray(drawn(34, 257, seed=1))
+    y = product(x, jax.tree.map(lambda *a: np.stack(a), *own), jnp.asarray(sizes, jnp.int32))
+    start = 0
+    for w, size in zip(own, sizes, strict=True):
+        np.testing.assert_array_equal(y[start : start + size], product(x, w)[start : start + size])
+        start += size
+    assert not np.asarray(y[start:]).any()
+
+
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize("kind", ["int8", "int4-g32", "int4-g128"])
 def test_the_comparison_sees_what_could_be_wrong(kind, tokens):

@@ -11,16 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from maxstack.kernels import cpu_native
-from maxstack.kernels.quantized_matmul import (
-    PanelWeight,
-    QuantizedWeight,
-    from_panels,
-    panel_matmul,
-)
-from maxstack.kernels.quantized_matmul import in_panels as packed_in_panels
 from maxstack.models.files.source import aligned
 from maxstack.models.layers import Weight
-from maxstack.models.packed import Packed
 from maxstack.models.remat import platform
 
 # XLA:CPU multiplies few rows of bfloat16 on a slow path.
@@ -77,31 +69,6 @@ def shortened(w_oi: np.ndarray) -> np.ndarray:
         return w_oi
     high = w.view(ml_dtypes.bfloat16)[:, 1::2]
     return high if w_oi.flags.c_contiguous else high.T
-
-
-class PackedPanels(nnx.Module):
-    """A matrix of 8 or 4 bits in panels of outputs."""
-
-    def __init__(self, w_oi: QuantizedWeight):
-        w = packed_in_panels(w_oi)
-        self.values = Packed(jnp.asarray(w.values), axes=("whole",) * w.values.ndim)
-        self.scale = Packed(jnp.asarray(w.scale), axes=("whole",) * w.scale.ndim)
-        self.outputs, self.inputs, self.group = w.outputs, w.inputs, w.group
-
-    @property
-    def weight(self) -> PanelWeight:
-        """The weight as the product takes it."""
-        return PanelWeight(
-            values=self.values[...], scale=self.scale[...], zero=None, outputs=self.outputs,
-            inputs=self.inputs, group=self.group,
-        )  # fmt: skip
-
-    def __call__(self, x_ti: Float[Array, "t i"], dtype: jnp.dtype | None = None) -> Float[Array, "t o"]:
-        return panel_matmul(x_ti, self.weight).astype(dtype or x_ti.dtype)
-
-    def matrix(self, dtype: jnp.dtype) -> Float[Array, "i o"]:
-        """The matrix in full precision."""
-        return from_panels(self.weight).T.astype(dtype)
 
 
 class ByOutput(nnx.Module):

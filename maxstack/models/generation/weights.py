@@ -15,11 +15,11 @@ from jaxtyping import Array, Float
 from maxstack.kernels import cpu_native
 from maxstack.models.attention import AttentionConfig
 from maxstack.models.feed_forward import FeedForwardConfig
-from maxstack.models.generation.matrix import ByOutput, PackedPanels, Panels, matrix, native, shortened
+from maxstack.models.generation.matrix import ByOutput, Panels, matrix, native, shortened
 from maxstack.models.generation.panel_stack import PanelStack
 from maxstack.models.layers import Embedding, Linear, RMSNorm, Weight, soft_cap
 from maxstack.models.moe import MoE
-from maxstack.models.packed import Packed, PackedLinear, PackedMatrix
+from maxstack.models.packed import Packed, PackedLinear, PackedMatrix, PackedPanels
 from maxstack.models.transformer import Transformer
 from maxstack.models.tree import named_variables
 
@@ -101,7 +101,10 @@ def for_rows(dtype: jnp.dtype) -> Replacements:
     def rows(linear: Linear | PackedLinear) -> RowsLinear:
         return RowsLinear(linear, dtype)
 
-    return {Linear: rows, **({RMSNorm: RowsNorm, PackedLinear: rows} if native() else {})}
+    if not native():
+        return {Linear: rows}
+    experts: Replacements = {PackedMatrix: lambda matrix: PackedPanels(matrix.weight)}
+    return {Linear: rows, RMSNorm: RowsNorm, PackedLinear: rows, **experts}
 
 
 # The weights of products that modules of these types hold themselves.
