@@ -254,6 +254,15 @@ def gather_local(cut: jax.Array, spec: PartitionSpec, tokens: PartitionSpec, dty
     return gathered(cut)
 
 
+def gather_frozen(cut: jax.Array, spec: PartitionSpec, tokens: PartitionSpec) -> jax.Array:
+    """As `gather_local` for an array that is not trained: it travels as it is."""
+    for dim, axes in enumerate(spec):
+        for axis in _names(axes):
+            if any(axis in _names(of) for of in tokens[:2]):
+                cut = jax.lax.all_gather(cut, axis, axis=dim, tiled=True)
+    return cut
+
+
 def rows(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`table[ids]` in `dtype` as an activation [b, t, d], of a table [v, d] cut as any weight is.
 

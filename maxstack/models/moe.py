@@ -110,8 +110,10 @@ class Experts(NamedTuple):
 class MoE(nnx.Module):
     """`config` as a layer: [b, t, d] -> [b, t, d], with its losses and the load of each expert."""
 
-    matrices: ClassVar[tuple[str, ...]] = ("gate", "up", "down")
-    """Names of the routed experts' weights, which may be a PackedMatrix each."""
+    matrices: ClassVar[dict[str, tuple[str, str]]] = {
+        "gate": ("embed", "mlp"), "up": ("embed", "mlp"), "down": ("mlp", "embed"),
+    }  # fmt: skip
+    """Names of the routed experts' weights, which may be a PackedMatrix each, and the axes of inputs and outputs."""
 
     def __init__(self, config: MoEConfig, key: jax.Array, width: int, residual_scale: float):
         keys = jax.random.split(key, 5)
@@ -229,29 +231,51 @@ def run_experts(
     def in_few_bits(w: Any) -> bool:
         return isinstance(w, QuantizedWeight)
 
-    if sharding.current_mesh() is None:
+    mesh = sharding.current_mesh()
+    if mesh is None:
         cast = jax.tree.map(
             lambda w: w if in_few_bits(w) else w.astype(kind(w)), experts, is_leaf=in_few_bits
         )
         return local_experts(x, chosen, weights, cast, config=config)
-    if any(map(in_few_bits, experts)):
-        raise UserError(
-            "packed weights of experts are not cut over devices yet: run the model without a mesh"
-        )
     spec = jax.typeof(x).sharding.spec
     operands = (x, chosen, weights, experts)
 
+    def gather(mine: Any, w: Any) -> Any:
+        if in_few_bits(w):
+            return gather_packed(mine, w, spec)
+        return sharding.gather_local(mine, jax.typeof(w).sharding.spec, spec, kind(w))
+
+    down = experts.down_efd
+    if isinstance(down, QuantizedWeight):
+        check_groups_are_whole(down, mesh.shape["tensor"])
+
     def run(x: Array, chosen: Array, weights: Array, cut: Experts) -> Array:
-        gathered = jax.tree.map(
-            lambda mine, w: sharding.gather_local(mine, jax.typeof(w).sharding.spec, spec, kind(w)),
-            cut,
-            experts,
-        )
+        gathered = jax.tree.map(gather, cut, experts, is_leaf=in_few_bits)
         y = local_experts(x, chosen, weights, gathered, config=config)
         return jax.lax.psum(y, "tensor")
 
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, operands)
     return jax.shard_map(run, in_specs=specs, out_specs=spec)(*operands)
+
+
+def gather_packed(mine: QuantizedWeight, w: QuantizedWeight, tokens: jax.P) -> QuantizedWeight:
+    """Inside `jax.shard_map`: as `sharding.gather_local`, in few bits. It is frozen: no gradient comes back."""
+
+    def gather(mine: Array, w: Array) -> Array:
+        return sharding.gather_frozen(mine, jax.typeof(w).sharding.spec, tokens)
+
+    held = jax.tree.map(gather, mine, w)
+    inputs = w.inputs * held.values.shape[-1] // w.values.shape[-1]
+    return dataclasses.replace(held, inputs=inputs, group=inputs if w.group == w.inputs else w.group)
+
+
+def check_groups_are_whole(down: QuantizedWeight, devices: int) -> None:
+    """Raise UserError where the inner width is cut over devices and a scale would be for weights of several."""
+    if devices > 1 and jax.typeof(down.values).sharding.spec[-1] is None:
+        raise UserError(
+            f"packed weights of experts: an inner width of {down.inputs} is not whole groups of {down.group} on each "
+            f"of {devices} devices along `tensor`: load with weights='int8', which has one group, or cut over fewer"
+        )
 
 
 def local_experts(x: Array, chosen: Array, weights: Array, experts: Experts, *, config: MoEConfig) -> Array:
