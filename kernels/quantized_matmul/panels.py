@@ -55,7 +55,10 @@ def in_panels(w: QuantizedWeight) -> PanelWeight:
     scale = panels(np.asarray(w.scale).T)
     zero = None if w.zero is None else panels((8 + np.asarray(w.zero, np.float32).T) / 8)
     return PanelWeight(
-        values=words, scale=scale, zero=None if zero is None else zero.astype(jnp.dtype(jnp.bfloat16)), **sizes
+        values=words,
+        scale=scale,
+        zero=None if zero is None else zero.astype(jnp.dtype(jnp.bfloat16)),
+        **sizes,
     )
 
 
