@@ -67,6 +67,8 @@ def main() -> int:
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     sys.path.insert(0, str(ROOT))
+    import jax
+
     from maxstack.bench.serve.recorded import SETTINGS, kept, setting_of
     from maxstack.bench.serve.step_bytes import by_part, step_bytes
 
@@ -75,7 +77,13 @@ def main() -> int:
         steps = {step["rows"]: step for step in records.get(name, {}).get("steps", ())}
         for rows in args.rows:
             begun = time.perf_counter()
-            step, found = step_bytes(setting_of(name, rows))
+            try:
+                step, found = step_bytes(setting_of(name, rows))
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                print(f"{name}, {rows} rows: does not fit: {next(iter(str(error).splitlines()))}")
+                continue
             steps[rows] = asdict(step)
             print(
                 f"{name}, {rows} rows: least {step.floor / 1e9:.2f} GB, moved {step.moved / 1e9:.2f} GB, useful "
@@ -91,7 +99,7 @@ def main() -> int:
             }
             if args.record:
                 keep(kept() | {name: records[name]})
-    print(table({name: records[name] for name in args.names or SETTINGS}))
+    print(table({name: records[name] for name in args.names or SETTINGS if name in records}))
     return 0
 
 

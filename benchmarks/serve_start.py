@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +61,7 @@ def ready(told: str) -> bool:
     try:
         with urllib.request.urlopen(f"{found[0]}/ready", timeout=5):
             return True
-    except urllib.error.URLError:
+    except OSError:  # not there yet, or not ready
         return False
 
 

@@ -216,6 +216,7 @@ static ffi::Error Int4PanelProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x
                                    ffi::Buffer<ffi::S32> sizes, ffi::ResultBuffer<ffi::F32> y,
                                    ffi::ResultBuffer<ffi::F32> laid, int64_t group) {
   if (group != 32 && group != 128) return ffi::Error::InvalidArgument("int4_panel_product: groups of 32 or 128");
+  if (x.dimensions()[0] == 0) return ffi::Error::Success();
   auto shape = words.dimensions();
   int64_t rows = x.dimensions()[0], k = x.dimensions()[1], last = shape.size() - 3;
   Int4 s{rows, shape[last + 1], scale.dimensions()[last + 1], shape[last]};

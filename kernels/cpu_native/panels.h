@@ -44,6 +44,7 @@ inline void constant_rows(int64_t rows, Run run) {
 // run(B, first row) for all rows, in blocks as even as can be.
 template <typename Run>
 inline void blocks_of_rows(int64_t rows, Run run) {
+  if (rows == 0) return;
   int64_t blocks = (rows + kMostRows - 1) / kMostRows, size = rows / blocks, larger = rows % blocks;
   for (int64_t i = 0, b = 0; i < blocks; ++i) {
     int64_t own = size + (i < larger);

@@ -178,7 +178,7 @@ void deal(ffi::ThreadPool& pool, int64_t pieces, Piece piece) {
   int64_t threads = std::min<int64_t>(pool.num_threads(), pieces);
   for (int64_t t = 1; t < threads; ++t) pool.Schedule([work] { work(); });
   work();
-  // A late helper finds no piece left and touches nothing but the counters, which it shares.
+  // A late thread finds no piece left and touches nothing but the counters, which it shares.
   for (int turns = 0; shared->done.load() < pieces; ++turns) {
     if (turns > 1000) std::this_thread::yield();
   }

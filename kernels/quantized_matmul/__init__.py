@@ -157,7 +157,7 @@ def backward(
 ) -> tuple[Array, None]:  # fmt: skip
     """The gradient of x, as if it had not been rounded; the weight is frozen."""
     typed, w = kept
-    return xla.transposed(dy_tn.astype(typed.dtype), w).astype(typed.dtype), None
+    return xla.transposed(dy_tn.astype(typed.dtype), w.one()).astype(typed.dtype), None
 
 
 product.defvjp(forward, backward)

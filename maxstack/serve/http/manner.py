@@ -63,10 +63,11 @@ def with_tools_told(messages: Sequence[Message], tools: Sequence[Mapping[str, An
     """A conversation in plain messages: tools in the system message, calls and their results in the text."""
     lines = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
     told = TOLD.format(tools=lines)
-    system, rest = [], [*messages]
-    if rest and rest[0]["role"] == "system":
-        system, rest = [rest[0]["content"]], rest[1:]
-    plain: list[Message] = [{"role": "system", "content": "\n\n".join([*filter(None, system), told])}]
+    first, rest = {"role": "system", "content": ""}, [*messages]
+    if rest and rest[0]["role"] in ("system", "developer"):
+        first, rest = rest[0], rest[1:]
+    text = "\n\n".join(filter(None, [first["content"], told]))
+    plain: list[Message] = [{**first, "content": text}]
     for message in rest:
         if message["role"] != "tool":
             plain.append(_called(message))
