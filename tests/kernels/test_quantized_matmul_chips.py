@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from maxstack.kernels.quantized_matmul import (
     QuantizedWeight,
+    backward,
     mosaic_gpu,
     mosaic_gpu_int8,
     mosaic_tpu,
@@ -76,6 +77,11 @@ def test_the_kernel_finds_its_layer_in_a_stack():
         found = mosaic_tpu.quantized_matmul(x, stack, tiles=mosaic_tpu.Tiles(16, 128, 128), interpret=True)
         np.testing.assert_array_equal(found, wanted)
         np.testing.assert_array_equal(quantized_matmul(x, stack), quantized_matmul(x, w))
+        dy = jnp.asarray(drawn(16, 128, seed=4))
+        (dx, _), (meant, _) = (
+            backward("mosaic_tpu", "float", jnp.dtype(jnp.float32), (), (x, each), dy) for each in (stack, w)
+        )
+        np.testing.assert_array_equal(dx, meant)
 
 
 @pytest.mark.parametrize(("kind", "zeros"), FORMS)

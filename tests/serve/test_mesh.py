@@ -92,7 +92,8 @@ def room_of(engine):
 @pytest.mark.slow
 @pytest.mark.parametrize("draft", [False, True])
 def test_guesses_on_two_devices_change_nothing(grouped, draft):
-    few = tuple((token, -100.0) for token in range(CONFIGS["grouped"].vocab_size) if token >= 4)
+    # Few tokens repeat themselves; a draft model does not know of the bias, and need not.
+    few = () if draft else tuple((token, -100.0) for token in range(4, CONFIGS["grouped"].vocab_size))
     greedy = SamplingParams(max_tokens=24, temperature=0.0, logit_bias=few)
     drawn = dataclasses.replace(greedy, temperature=0.7, seed=3, repetition_penalty=1.2)
     rows = [[0, 1, 2, 3, 0, 1, 2], [3, 3, 1], [2, 0] * 5]
@@ -100,6 +101,9 @@ def test_guesses_on_two_devices_change_nothing(grouped, draft):
     def said(model, drafts, **options):
         limits = dataclasses.replace(SHAPES, drafts=drafts, tokens_a_step=36)
         with Engine(model, limits=limits, buckets=(4,), on="tpu", **options) as engine:
+            engine.warm_up()
+            if pace := engine.asynchronous._loop.pace:  # guesses are made whether they pay or not
+                pace.costs = dict.fromkeys(pace.costs, 1.0)
             found = engine.generate(rows, [greedy, drawn, greedy])
             counters = engine.asynchronous.scheduler.counters
             assert engine.asynchronous.compilations == 0
