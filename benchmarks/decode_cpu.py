@@ -3,6 +3,7 @@
     python benchmarks/decode_cpu.py --write-gguf FOLDER            (once: random models for llama.cpp)
     python benchmarks/decode_cpu.py --torch-python OTHER/bin/python --llama-python THIRD/bin/python --gguf F32.gguf
     python benchmarks/decode_cpu.py --weights float32 bfloat16 int8 int4-g32 --llama-python … --gguf q8_0.gguf q4_0.gguf
+    (on a machine that does nothing else: llama.cpp's threads spin until the slowest is done)
 
 Random weights (speed does not depend on them); the GGUF files are to have the same shape. Each contender is a process
 of its own that stays loaded; a turn is one prefill of 512 tokens, or some tokens decoded behind 512 cached ones, alone

@@ -26,6 +26,10 @@ SEQUENCES, LENGTH, PAGE = 64, 8192, 128
 WEIGHTS = ("int8", "int4-g128", "int4-g32")
 MATRICES = {"8B": (4096, 14_336), "70B": (8192, 28_672)}
 """Inputs and outputs of the gate of a feed-forward layer."""
+MIXTURES = {"Qwen3-30B-A3B": (128, 2048, 768), "Mixtral 8x7B": (8, 4096, 14_336)}
+"""Experts, inputs and outputs of their gate."""
+GROUPED_KERNELS = {"grouped_matmul": "rows", "grouped_matmul_matrices": "matrices"}
+"""What the table calls them: products of rows with their expert's matrix, and the gradients of the matrices."""
 TPUS = ("v5e", "v5p", "v6e", "v7x")
 TPU_KERNELS = {
     "attention_forward": "forward",
@@ -239,6 +243,59 @@ def hopper_quantized(key: Row) -> list[Row]:
     return [key | registers(found) | mix(found) for found in kernel_resources(function, *arguments)]
 
 
+# Products by expert.
+
+
+def grouped_of(weights: str, rows: int, model: str) -> tuple[Callable, list, float, float]:
+    """Rows times their expert's gate, in bfloat16 with both gradients; shapes, FLOPs, and the bytes that have to be
+    moved where every expert has rows."""
+    import jax
+    import jax.numpy as jnp
+
+    from maxstack.kernels.grouped_matmul import grouped_matmul
+    from maxstack.kernels.quantized_matmul import quantize
+
+    experts, inputs, outputs = MIXTURES[model]
+    x, dy = (jax.ShapeDtypeStruct((rows, size), jnp.bfloat16) for size in (inputs, outputs))
+    sizes, flops = jax.ShapeDtypeStruct((experts,), jnp.int32), 2.0 * rows * inputs * outputs
+    in_and_out = 2 * rows * (inputs + outputs)
+    if weights == "bfloat16":
+        w = jax.ShapeDtypeStruct((experts, inputs, outputs), jnp.bfloat16)
+
+        def both(x, w, sizes, dy):
+            y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
+            return y, *pull(dy)
+
+        return both, [x, w, sizes, dy], 3 * flops, 3 * (in_and_out + 2 * experts * inputs * outputs)
+    kind: Any = weights
+    one = jax.eval_shape(
+        lambda w: quantize(w, kind, storage="int4"), jax.ShapeDtypeStruct((outputs, inputs), jnp.float32)
+    )
+    w = jax.tree.map(lambda a: jax.ShapeDtypeStruct((experts, *a.shape), a.dtype), one)
+    packed = experts * (inputs * outputs * one.bits / 8 + one.scale.size * one.scale.dtype.itemsize)
+    return lambda x, w, sizes: grouped_matmul(x, w, sizes), [x, w, sizes], flops, in_and_out + packed
+
+
+def tpu_grouped(key: Row) -> list[Row]:
+    """Products by expert on a TPU; tiles at the borders of experts are computed for each of the two."""
+    from tests.kernels.chips import compiled_for
+
+    function, arguments, flops, moved = grouped_of(key["weights"], int(key["rows"]), key["model"])
+    program = compiled_for(key["chip"], function, *arguments)
+    vmem = {
+        f"VMEM MiB, {short}": mib(on_chip_memory(program, name)) for name, short in GROUPED_KERNELS.items()
+    }
+    return [key | vmem | costs(program, flops, moved)]
+
+
+def hopper_grouped(key: Row) -> list[Row]:
+    """Products by expert on an H200: each of the kernels, the largest of those of one name."""
+    function, arguments, _, _ = grouped_of(key["weights"], int(key["rows"]), key["model"])
+    found = sorted(kernel_resources(function, *arguments), key=lambda each: each["registers"])
+    rows = {each["kernel"]: {"kernel": each["kernel"], **key} | registers(each) | mix(each) for each in found}
+    return list(rows.values())
+
+
 # What ptxas says, and what the instructions of a Hopper kernel allow.
 
 
@@ -302,7 +359,20 @@ TABLES: dict[str, Table] = {
         product(model=MATRICES, weights=WEIGHTS, tokens=(1, 64, 512)), hopper_quantized,
         ("model", "weights", "tokens"), HOPPER_COLUMNS,
     ),
-    # Grouped matmul goes here once its kernels for these chips are in: a function and two lines as above.
+    "tpu-grouped": Table(
+        [
+            *product(chip=TPUS, model=MIXTURES, weights=("bfloat16",), rows=(65_536,)),
+            *product(chip=TPUS, model=MIXTURES, weights=("int8", "int4-g128"), rows=(64, 4096)),
+        ],
+        tpu_grouped, ("chip", "model", "weights", "rows"), TPU_COLUMNS,
+    ),
+    "hopper-grouped": Table(
+        [
+            *product(model=MIXTURES, weights=("bfloat16",), rows=(65_536,)),
+            *product(model=MIXTURES, weights=("int8", "int4-g128"), rows=(64, 4096)),
+        ],
+        hopper_grouped, ("kernel", "model", "weights", "rows"), HOPPER_COLUMNS,
+    ),
 }  # fmt: skip
 
 

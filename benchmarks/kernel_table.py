@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from kernel_programs import (  # beside this file
+    MIXTURES,
     MODELS,
     TABLES,
     Row,
     attention_work,
+    grouped_of,
     measured,
 )
 
@@ -71,6 +73,12 @@ def work() -> list[tuple[str, str, float, float]]:
             values = inputs * outputs * (1.0 if kind == "int8" else 0.5)
             packed = values + scale.size * scale.dtype.itemsize
             found.append((f"matmul, {kind}", shape, flops, packed + activations))
+    for model, (experts, width, inner) in MIXTURES.items():
+        for weights, rows in (("bfloat16", 65_536), ("int8", 64), ("int4-g128", 64)):
+            _, _, flops, moved = grouped_of(weights, rows, model)
+            what = " and gradients" if weights == "bfloat16" else ""
+            shape = f"{model}, {rows:,} rows, {experts} × {width:,} to {inner:,}"
+            found.append((f"grouped matmul{what}, {weights}", shape, flops, moved))
     tokens, width, vocabulary = 8192, 4096, 152_064
     moved = 2 * (2 * tokens * width + 2 * width * vocabulary)
     shape = f"{tokens:,} tokens, {width:,} to {vocabulary:,}"

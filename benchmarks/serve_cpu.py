@@ -82,7 +82,7 @@ def turns(args: argparse.Namespace) -> list[Turn]:
         Turn("engine, shared prompt, no prefix cache", (*ours, "--no-prefix-cache", "engine"), (SHARED,)),
     ]
     if args.llama_python:
-        kind = {"float32": "float32", "int8": "q8_0", "int4-g32": "q4_0"}[args.weights]
+        kind = {"float32": "float32", "int8": "q8_0"}.get(args.weights, "q4_0")
         file = str(args.models / f"{kind}.gguf")
         for name, unified in (("llama.cpp", "0"), ("llama.cpp, one cache", "1")):
             command = (args.llama_python, str(HERE / "llama_serve.py"), file, unified)
@@ -216,7 +216,12 @@ def main() -> None:
     add("--write-models", action="store_true", help="write them, and end")
     add("--llama-python", default="", help="interpreter that has llama-cpp-python and numpy")
     add("--torch-python", default="", help="interpreter that has torch and transformers")
-    add("--weights", choices=("float32", "int8", "int4-g32"), default="float32", help="of ours and llama.cpp")
+    add(
+        "--weights",
+        choices=("float32", "int8", "int4-g32", "int4-g128"),
+        default="float32",
+        help="of ours and llama.cpp",
+    )
     add("--at-once", type=int, nargs="+", default=[1, 8, 32], help="requests at once")
     add("--rounds", type=int, default=3, help="turns of each contender; medians are shown")
     add("--threads", type=int, default=os.cpu_count(), help="of each contender")

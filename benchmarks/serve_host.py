@@ -20,7 +20,8 @@ from maxstack.kernels import dispatch
 from maxstack.models import llama
 from maxstack.models.generation import SamplingParams
 from maxstack.serve.device import Asked, Device
-from maxstack.serve.loop import Loop, News
+from maxstack.serve.loop import Loop
+from maxstack.serve.news import News
 from maxstack.serve.output import Answer
 from maxstack.serve.plan import Limits
 from maxstack.serve.programs import TOKEN, Told

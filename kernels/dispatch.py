@@ -2,10 +2,11 @@
 
 import contextlib
 import functools
+import importlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -99,6 +100,26 @@ def _tell(operation: str, chip: Chip, taken: str, better: tuple[tuple[str, str |
     reasons = "; ".join(f"{name}: {reason}" for name, reason in better)
     level = logging.DEBUG if chip.platform == "cpu" else logging.INFO
     log.log(level, "%s on %s: %s%s", operation, chip.name, taken, f" ({reasons})" if reasons else "")
+
+
+class Later:
+    """A backend's module, imported when something of it is asked for: Pallas takes as long to import as all the rest,
+    and a processor has no use for it."""
+
+    def __init__(self, module: str):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._module), name)
+
+
+PLATFORMS = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu", "cpu_native": "cpu"}
+"""Of the backends that are for one alone."""
+
+
+def elsewhere(backend: str) -> str | None:
+    """Why a backend cannot serve anything here, without looking into it; None where it may."""
+    return only_on(PLATFORMS[backend]) if backend in PLATFORMS else None
 
 
 def only_on(platform: str) -> str | None:

@@ -160,6 +160,11 @@ def weight_shardings(
     }
 
 
+def place_of(mesh: Mesh | None, axes: tuple[str, ...]) -> NamedSharding | None:
+    """Where an operand with logical `axes` lies; None without a mesh."""
+    return None if mesh is None else NamedSharding(mesh, present(mesh, weight_spec(axes, "compute", 0)))
+
+
 def check_divides(shapes: Mapping[str, tuple[int, ...]], shardings: Mapping[str, NamedSharding]) -> None:
     """Raise UserError naming the first array whose dimension does not divide by its mesh axes, with the numbers."""
     for name, sharding in shardings.items():
@@ -226,6 +231,11 @@ def whole(array: jax.Array) -> jax.Array:
     return array if on_one_device() else jax.reshard(array, PartitionSpec(*(None,) * array.ndim))
 
 
+def as_cut(array: jax.Array, like: jax.Array) -> jax.Array:
+    """`array`, cut over the mesh as another of its rank is."""
+    return array if on_one_device() else jax.reshard(array, jax.typeof(like).sharding.spec)
+
+
 def gather_local(cut: jax.Array, spec: PartitionSpec, tokens: PartitionSpec, dtype: jnp.dtype) -> jax.Array:
     """Inside `jax.shard_map`: the local part `cut` of a weight of `spec`, gathered over the axes that cut the tokens.
 
@@ -252,6 +262,15 @@ def gather_local(cut: jax.Array, spec: PartitionSpec, tokens: PartitionSpec, dty
 
     gathered.defvjp(lambda w: (gathered(w), None), summed)
     return gathered(cut)
+
+
+def gather_frozen(cut: jax.Array, spec: PartitionSpec, tokens: PartitionSpec) -> jax.Array:
+    """As `gather_local` for an array that is not trained: it travels as it is."""
+    for dim, axes in enumerate(spec):
+        for axis in _names(axes):
+            if any(axis in _names(of) for of in tokens[:2]):
+                cut = jax.lax.all_gather(cut, axis, axis=dim, tiled=True)
+    return cut
 
 
 def rows(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -41,6 +41,8 @@ def _prepare_environment() -> None:
 
 
 _prepare_environment()
+# Tracing makes many objects and little garbage: looking for it as often as usual is a quarter of the time of a trace.
+gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(scope="module", autouse=True)

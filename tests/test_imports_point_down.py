@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"kernels"},
     {"config"},
-    {"sharding", "checkpoint", "telemetry"},
+    {"sharding", "processes", "checkpoint", "telemetry"},
     {"optim", "data", "models"},
     {"train", "tune", "serve", "quant", "chat"},
     {"agent", "tools", "evals", "plan", "bench"},

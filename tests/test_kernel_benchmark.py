@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from benchmarks import kernel_rows
 from benchmarks import kernels as script
 from maxstack.kernels import Unsupported
 
@@ -68,6 +69,6 @@ def test_no_peer_and_no_kernel_of_ours_are_no_figures():
 
 def test_peers_that_are_not_there_say_so():
     with pytest.raises(Unsupported, match="nonesuch is not installed"):
-        script.optional("nonesuch")
+        kernel_rows.optional("nonesuch")
     with pytest.raises(Unsupported, match="no --torch-python"):
-        script.Torch("").attention(length=1)
+        kernel_rows.Torch("").attention(length=1)

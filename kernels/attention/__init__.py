@@ -5,13 +5,17 @@ from typing import Any, Literal, overload
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from maxstack.kernels.attention import mosaic_gpu, mosaic_tpu, reference, xla
+from maxstack.kernels.attention import reference, xla
 from maxstack.kernels.attention.layout import lay_out
 from maxstack.kernels.attention.masks import Coordinates, Options
-from maxstack.kernels.dispatch import choose
+from maxstack.kernels.dispatch import Later, choose, elsewhere
 
 Implementation = Literal["auto", "xla", "reference", "mosaic_gpu", "mosaic_tpu"]
-_BACKENDS: dict[str, Any] = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "xla": xla}
+_BACKENDS: dict[str, Any] = {
+    "mosaic_gpu": Later("maxstack.kernels.attention.mosaic_gpu"),
+    "mosaic_tpu": Later("maxstack.kernels.attention.mosaic_tpu"),
+    "xla": xla,
+}
 """Best first. Each has `declined(q, k, v, options, at, config) -> reason or None` and
 `attention(options, config, layout, q, k, v, sinks, at) -> (out, lse)`, made by `derivative.differentiable`."""
 Ids = Int[Array, "b t"] | tuple[Int[Array, "b t"], Int[Array, "b s"]]
@@ -69,7 +73,7 @@ def attention(
     scale = q_btnh.shape[-1] ** -0.5 if scale is None else scale
     options = Options(causal=causal, window=window, softcap=softcap, scale=scale)
     declined = {
-        name: backend.declined(q_btnh, k_bskh, v_bskw, options, at, config)
+        name: elsewhere(name) or backend.declined(q_btnh, k_bskh, v_bskw, options, at, config)
         for name, backend in _BACKENDS.items()
     }
     taken = choose("attention", implementation, declined | {"reference": None}, named_only=("reference",))

@@ -1,8 +1,8 @@
 """Attention on Hopper GPUs: FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608) in Mosaic GPU.
 
 A block of threads is three warpgroups. One moves memory: it asks TMA for blocks of keys and values, `stages` ahead, and
-holds 40 registers a thread, 24 in the backward kernels. Two compute, 64 queries each, with 232 or 240. They share the
-blocks of keys, and take turns: while one weighs logits, which is all exp2, the other has the tensor cores.
+holds 24 registers a thread. Two compute, 64 queries each, with 240. They share the blocks of keys, and take turns:
+while one weighs logits, which is all exp2, the other has the tensor cores.
 
 Forward, time downwards; Kᵢ, Vᵢ are blocks of keys and values, `→` and `←` are barriers::
 

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8, Int32, Shaped, UInt8
+from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8, Int32, Shaped, UInt8, UInt32
 
 from maxstack.kernels.cpu_native.build import PREFIX, problem
 
 __all__ = [
-    "MOST_ROWS", "PANEL", "available", "cached_attention", "grouped_int4_product", "grouped_int8_product",
-    "int4_product", "int8_product", "paged_attention", "panel_product", "problem", "rms_norm", "row_exponentials",
-    "row_sums", "write_rows",
+    "MOST_ROWS", "PANEL", "VALUES_A_WORD", "available", "cached_attention", "grouped_int4_product",
+    "grouped_int8_product", "int4_panel_product", "int4_product", "int8_product", "paged_attention", "panel_product",
+    "panel_product_at", "problem", "rms_norm", "row_exponentials", "row_sums", "untouched", "write_rows",
 ]  # fmt: skip
 
 MOST_ROWS = 16
@@ -29,15 +29,52 @@ def available() -> bool:
 
 PANEL = 16
 """Outputs of a panel."""
+VALUES_A_WORD = 8
+"""Of 4 bits, in a word of 32."""
 
 
 def panel_product(
-    x_tk: Float32[Array, "t k"], w_pko: Float32[Array, "p k 16"] | BFloat16[Array, "p k 16"]
+    x_tk: Float32[Array, "t k"],
+    w_pko: Float32[Array, "*e p k 16"] | BFloat16[Array, "*e p k 16"] | Int8[Array, "*e p k 16"],
+    scale_n: Float32[Array, "*e n"] | None = None,
+    sizes_e: Int32[Array, "e"] | None = None,
 ) -> Float32[Array, "t n"]:
-    """`x w` for any number of rows, with w's outputs in panels. A row's result does not depend on how many there
-    are: each output is summed over k in order."""
-    out = jax.ShapeDtypeStruct((x_tk.shape[0], w_pko.shape[0] * PANEL), jnp.float32)
-    return jax.ffi.ffi_call(PREFIX + "panel_product", out)(x_tk, w_pko)
+    """`x w` for any number of rows, with w's outputs in panels, each output times its scale. A row's result does not
+    depend on how many there are: each output is summed over k in order.
+
+    With sizes each row, sorted by group, meets the matrix of its group; rows of no group give 0.
+    """
+    out = jax.ShapeDtypeStruct((x_tk.shape[0], w_pko.shape[-3] * PANEL), jnp.float32)
+    scale = jnp.zeros((0,), jnp.float32) if scale_n is None else scale_n
+    return jax.ffi.ffi_call(PREFIX + "panel_product", out)(x_tk, w_pko, scale, or_none(sizes_e))
+
+
+def or_none(sizes_e: Int32[Array, "e"] | None) -> Int32[Array, "e"]:
+    """Sizes of groups as C++ takes them: an empty array for none."""
+    return jnp.zeros((0,), jnp.int32) if sizes_e is None else sizes_e
+
+
+def int4_panel_product(
+    x_tk: Float32[Array, "t k"], words_pco: UInt32[Array, "*e p c 16"], scale_pgo: BFloat16[Array, "*e p g 16"],
+    zero_pgo: BFloat16[Array, "*e p g 16"] | None, sizes_e: Int32[Array, "e"] | None = None, *, group: int,
+) -> Float32[Array, "t n"]:  # fmt: skip
+    """The same with eight values of 4 bits a word, each kept as itself plus 8, and scales for groups of 32 or 128
+    inputs; a zero point is kept as `(8 + zero) / 8`."""
+    rows, words = x_tk.shape[0], words_pco.shape[-2]
+    out = jax.ShapeDtypeStruct((rows, words_pco.shape[-3] * PANEL), jnp.float32)
+    laid = jax.ShapeDtypeStruct((rows, words * VALUES_A_WORD + scale_pgo.shape[-2]), jnp.float32)
+    zero = jnp.zeros((0,), jnp.bfloat16) if zero_pgo is None else zero_pgo
+    call = jax.ffi.ffi_call(PREFIX + "int4_panel_product", (out, laid))
+    return call(x_tk, words_pco, scale_pgo, zero, or_none(sizes_e), group=np.int64(group))[0]
+
+
+def panel_product_at(
+    x_tk: Float32[Array, "t k"], w_lpko: Float32[Array, "l p k 16"] | BFloat16[Array, "l p k 16"],
+    at: Int32[Array, ""],
+) -> Float32[Array, "t n"]:  # fmt: skip
+    """`panel_product` with one of several matrices. A loop that cuts it out of them would copy it."""
+    out = jax.ShapeDtypeStruct((x_tk.shape[0], w_lpko.shape[1] * PANEL), jnp.float32)
+    return jax.ffi.ffi_call(PREFIX + "panel_product_at", out)(x_tk, w_lpko, at)
 
 
 def rms_norm(
@@ -139,6 +176,11 @@ def paged_attention(
         window=np.int64(window or 0), splits=np.int64(splits),
     )  # fmt: skip
     return y_btnh, lse_btn
+
+
+def untouched(shapes: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
+    """Arrays with anything in them, of memory that the system need not give before it is used."""
+    return list(jax.ffi.ffi_call(PREFIX + "untouched", list(shapes))())
 
 
 def write_rows(

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -23,9 +24,10 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "quantized.cc": FAST,
     "pages.cc": (),
     "panels.cc": (),
+    "packed.cc": (),
 }
 """Files and their own flags."""
-HEADERS = ("pieces.h",)
+HEADERS = ("pieces.h", "panels.h")
 SWITCH = "MAXSTACK_NATIVE"
 """Environment variable: 0 does without."""
 COMPILERS = ("c++", "g++", "clang++")
@@ -35,8 +37,8 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 LINK = ("-shared",)
 NAMES = (
     "cached_attention", "int8_product", "int4_product", "grouped_int8_product", "grouped_int4_product",
-    "paged_attention", "panel_product", "rms_norm", "row_exponentials",
-    "row_sums", "write_rows",
+    "int4_panel_product", "paged_attention", "panel_product", "panel_product_at", "rms_norm", "row_exponentials",
+    "row_sums", "untouched", "write_rows",
 )  # fmt: skip
 PREFIX = "maxstack_"
 SECONDS = 120.0
@@ -83,8 +85,13 @@ def compiled(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         fresh = Path(folder) / library.name
         objects = [str(Path(folder) / f"{name}.o") for name in SOURCES]
-        for (name, own), made in zip(SOURCES.items(), objects, strict=True):
-            _run([compiler, *flags, *own, "-c", str(FOLDER / name), "-o", made])
+        with ThreadPoolExecutor(os.cpu_count()) as several:
+            jobs = [
+                several.submit(_run, [compiler, *flags, *own, "-c", str(FOLDER / name), "-o", made])
+                for (name, own), made in zip(SOURCES.items(), objects, strict=True)
+            ]
+            for job in jobs:
+                job.result()
         _run([compiler, *LINK, *objects, "-o", str(fresh)])
         fresh.replace(library)  # another process may do the same: the last one wins
     return library

@@ -494,6 +494,11 @@ static ffi::Error WriteRows(ffi::Buffer<ffi::S32> page, ffi::Buffer<ffi::S32> pl
   return ffi::Error::Success();
 }
 
+// Writes nothing: what is allocated for the results is given out as it is.
+static ffi::Error Untouched(ffi::RemainingRets) { return ffi::Error::Success(); }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(untouched, Untouched, ffi::Ffi::Bind().RemainingRets());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(paged_attention, PagedAttention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

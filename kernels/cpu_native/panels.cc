@@ -1,7 +1,7 @@
-// Any number of float32 rows times a matrix that lies in panels of sixteen outputs: [n / 16, k, 16], float32 or bfloat16.
+// Any number of float32 rows times a matrix that lies in panels of sixteen outputs: [n / 16, k, 16], float32, bfloat16,
+// or int8 with a scale for each output.
 //
-// Each output is summed over runs of k one after the other, whatever the number of rows: a row's result is the same in
-// any company. Few rows are read at the speed of memory; many at that of the multipliers, with a panel of bfloat16 widened
+// Few rows are read at the speed of memory; many at that of the multipliers, with a panel in fewer bits made float32
 // once for all of them.
 
 #include <algorithm>
@@ -11,148 +11,142 @@
 #include <type_traits>
 #include <vector>
 
-#include "pieces.h"
+#include "panels.h"
 
 namespace {
 
-constexpr int kPanel = 16, kVecs = kPanel / kLanes;
-constexpr int kMostRows = 12 / kVecs;       // of a tile: twelve sums stay in registers
 constexpr int64_t kRun = 512;               // inputs summed at once: a widened panel of them stays in the first cache
 constexpr int64_t kPieceBytes = 1 << 17;    // of weights: some tens of microseconds
-constexpr int64_t kPieceRows = 96;          // of x, where panels alone are too few pieces
 constexpr int64_t kAhead = 1024;            // bytes that are fetched before they are needed
-constexpr int64_t kWidenedFrom = 13;        // rows from which widening a panel once pays
-
-inline Vec spread(float x) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_set1_ps(x);
-#elif defined(__AVX2__)
-  return (Vec)_mm256_set1_ps(x);
-#else
-  return Vec{} + x;
-#endif
-}
 
 inline void keep(float* y, Vec sum, bool first) { store(y, first ? sum : load(y) + sum); }
 
-// y [B, 16] = or += x [B, k] w [k, 16], for one run. Unrolled, or the compiler keeps the sums in memory.
-template <int B, typename W>
-inline void block(const float* x, int64_t x_stride, const W* w, int64_t k, float* y, int64_t y_stride, bool first,
-                  bool fetch) {
-  Vec acc[B][kVecs];
+// y [B, 16] of each of P panels = or += x [B, k] w [k, 16], for one run; of the panels, `panels` are there. Unrolled, or
+// the compiler keeps the sums in memory.
+template <int B, int P, typename W>
+inline void block(const float* x, int64_t x_stride, const W* w, int64_t w_stride, int64_t panels, int64_t k, float* y,
+                  int64_t y_stride, bool first, bool fetch) {
+  const W* own[P];
+  for (int64_t p = 0; p < P; ++p) own[p] = w + std::min(p, panels - 1) * w_stride;
+  Vec acc[P][B][kVecs];
 #pragma GCC unroll 16
-  for (int b = 0; b < B; ++b)
+  for (int p = 0; p < P; ++p)
 #pragma GCC unroll 16
-    for (int v = 0; v < kVecs; ++v) acc[b][v] = Vec{};
+    for (int b = 0; b < B; ++b)
+#pragma GCC unroll 16
+      for (int v = 0; v < kVecs; ++v) acc[p][b][v] = Vec{};
   for (int64_t i = 0; i < k; ++i) {
-    if (fetch) __builtin_prefetch(reinterpret_cast<const char*>(w + i * kPanel) + kAhead);
-    Vec column[kVecs];
+    if (P == 1 && fetch) __builtin_prefetch(reinterpret_cast<const char*>(own[0] + i * kPanel) + kAhead);
 #pragma GCC unroll 16
-    for (int v = 0; v < kVecs; ++v) column[v] = load(w + i * kPanel + v * kLanes);
+    for (int p = 0; p < P; ++p) {
+      Vec column[kVecs];
 #pragma GCC unroll 16
-    for (int b = 0; b < B; ++b) {
-      Vec one = spread(x[b * x_stride + i]);
+      for (int v = 0; v < kVecs; ++v) column[v] = load(own[p] + i * kPanel + v * kLanes);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVecs; ++v) acc[b][v] = add_product(one, column[v], acc[b][v]);
-    }
-  }
+      for (int b = 0; b < B; ++b) {
+        Vec one = spread(x[b * x_stride + i]);
 #pragma GCC unroll 16
-  for (int b = 0; b < B; ++b)
-#pragma GCC unroll 16
-    for (int v = 0; v < kVecs; ++v) keep(y + b * y_stride + v * kLanes, acc[b][v], first);
-}
-
-template <int B, typename... Arguments>
-inline void block_of(int64_t rows, Arguments... arguments) {
-  if (rows == B)
-    block<B>(arguments...);
-  else if constexpr (B > 1)
-    block_of<B - 1>(rows, arguments...);
-}
-
-// All rows of x with one panel, in blocks as even as can be.
-template <typename W>
-void all_rows(const float* x, int64_t x_stride, const W* w, int64_t k, float* y, int64_t y_stride, int64_t rows,
-              bool first) {
-  int64_t blocks = (rows + kMostRows - 1) / kMostRows, size = rows / blocks, larger = rows % blocks;
-  for (int64_t i = 0, b = 0; i < blocks; ++i) {
-    int64_t own = size + (i < larger);
-    block_of<kMostRows>(own, x + b * x_stride, x_stride, w, k, y + b * y_stride, y_stride, first, i == 0);
-    b += own;
-  }
-}
-
-// One row with up to four panels: as many streams from memory.
-template <typename W>
-void one_row(const float* x, const W* w, int64_t k, float* y, int64_t panels) {
-  const W* own[4];
-  for (int64_t j = 0; j < 4; ++j) own[j] = w + std::min(j, panels - 1) * k * kPanel;
-  for (int64_t from = 0; from < k; from += kRun) {
-    Vec acc[4][kVecs] = {};
-    for (int64_t i = from; i < std::min(k, from + kRun); ++i) {
-      Vec one = spread(x[i]);
-#pragma GCC unroll 16
-      for (int j = 0; j < 4; ++j)
-#pragma GCC unroll 16
-        for (int v = 0; v < kVecs; ++v)
-          acc[j][v] = add_product(one, load(own[j] + i * kPanel + v * kLanes), acc[j][v]);
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j)
-      if (j < panels)
-#pragma GCC unroll 16
-        for (int v = 0; v < kVecs; ++v) keep(y + j * kPanel + v * kLanes, acc[j][v], from == 0);
-  }
-}
-
-template <typename W>
-void panels_product(ffi::ThreadPool& pool, const float* x, const W* w, float* y, int64_t rows, int64_t k,
-                    int64_t panels) {
-  int64_t n = panels * kPanel;
-  int64_t few = std::max<int64_t>(4, kPieceBytes / std::max<int64_t>(1, k * kPanel * sizeof(W)));
-  int64_t across = (panels + few - 1) / few;
-  int64_t down = across >= 4 * pool.num_threads() ? 1 : (rows + kPieceRows - 1) / kPieceRows;
-  int64_t tall = (rows + down - 1) / std::max<int64_t>(1, down);
-  deal(pool, across * down, [=](int64_t piece) {
-    int64_t top = piece / across * tall, count = std::min(rows - top, tall);
-    int64_t p = piece % across * few, end = std::min(panels, p + few);
-    if (rows == 1) {
-      for (; p < end; p += 4) one_row(x, w + p * k * kPanel, k, y + p * kPanel, std::min<int64_t>(4, end - p));
-      return;
-    }
-    static thread_local std::vector<float> wide;
-    for (; p < end; ++p)
-      for (int64_t i = 0; i < k; i += kRun) {
-        int64_t run = std::min(kRun, k - i);
-        const W* own = w + (p * k + i) * kPanel;
-        const float* from = x + top * k + i;
-        float* to = y + top * n + p * kPanel;
-        if (std::is_same_v<W, float> || count < kWidenedFrom) {
-          all_rows(from, k, own, run, to, n, count, i == 0);
-          continue;
-        }
-        wide.resize(kRun * kPanel);
-        for (int64_t e = 0; e < run * kPanel; e += kLanes) store(wide.data() + e, load(own + e));
-        all_rows<float>(from, k, wide.data(), run, to, n, count, i == 0);
+        for (int v = 0; v < kVecs; ++v) acc[p][b][v] = add_product(one, column[v], acc[p][b][v]);
       }
+    }
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p)
+    if (p < panels)
+#pragma GCC unroll 16
+      for (int b = 0; b < B; ++b)
+#pragma GCC unroll 16
+        for (int v = 0; v < kVecs; ++v) keep(y + b * y_stride + p * kPanel + v * kLanes, acc[p][b][v], first);
+}
+
+template <typename W>
+void panels_product(ffi::ThreadPool& pool, const float* x, const W* w, const float* scale, float* y, int64_t rows,
+                    int64_t k, int64_t panels) {
+  int64_t n = panels * kPanel, bytes = k * kPanel * sizeof(W);
+  int64_t piece_bytes = kPieceBytes * sizeof(W) / 4;
+  deal_panels(pool, rows, panels, bytes, piece_bytes, [=](int64_t top, int64_t count, int64_t from, int64_t few) {
+    const float* own_x = x + top * k;
+    float* own_y = y + top * n;
+    auto few_rows = [=](auto constant) {
+      constexpr int B = decltype(constant)::value, P = kAtOnce<B>;
+      for (int64_t p = from; p < from + few; p += P)
+        for (int64_t i = 0; i < k; i += kRun)
+          block<B, P>(own_x + i, k, w + (p * k + i) * kPanel, k * kPanel, std::min<int64_t>(P, from + few - p),
+                      std::min(kRun, k - i), own_y + p * kPanel, n, i == 0, true);
+    };
+    if (count <= kMostRows) {
+      constant_rows<kMostRows>(count, few_rows);
+    } else {
+      static thread_local std::vector<float> wide;
+      wide.resize(kRun * kPanel);
+      bool widen = !std::is_same_v<W, float> && count >= kWidenedFrom;
+      for (int64_t p = from; p < from + few; ++p)
+        for (int64_t i = 0; i < k; i += kRun) {
+          int64_t run = std::min(kRun, k - i);
+          const W* own = w + (p * k + i) * kPanel;
+          for (int64_t e = 0; widen && e < run * kPanel; e += kLanes) store(wide.data() + e, load(own + e));
+          blocks_of_rows(count, [&](auto constant, int64_t b) {
+            constexpr int B = decltype(constant)::value;
+            float* to = own_y + b * n + p * kPanel;
+            if (widen)
+              block<B, 1>(own_x + b * k + i, k, wide.data(), 0, 1, run, to, n, i == 0, false);
+            else
+              block<B, 1>(own_x + b * k + i, k, own, 0, 1, run, to, n, i == 0, b == 0);
+          });
+        }
+    }
+    for (int64_t b = 0; scale && b < count; ++b)
+      for (int64_t o = from * kPanel; o < (from + few) * kPanel; o += kLanes)
+        store(own_y + b * n + o, load(own_y + b * n + o) * load(scale + o));
   });
 }
 
 }  // namespace
 
-// x [t, k], w [n / 16, k, 16] -> y [t, n] = x w
-static ffi::Error PanelProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
-                               ffi::ResultBuffer<ffi::F32> y) {
-  int64_t rows = x.dimensions()[0], k = x.dimensions()[1], panels = w.dimensions()[0];
+// x [t, k], w [n / 16, k, 16], scale [n] or none -> y [t, n] = x w scale; of several matrices w [e, n / 16, k, 16] the
+// `which` th; with sizes [e] each row, sorted by group, with its group's, and scale [e, n].
+static ffi::Error product_with(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, int64_t which,
+                               const float* by, const int32_t* sizes, ffi::ResultBuffer<ffi::F32> y) {
+  auto shape = w.dimensions();
+  int64_t rows = x.dimensions()[0], k = x.dimensions()[1], panels = shape[shape.size() - 3], n = panels * kPanel;
   if (rows == 0 || k == 0) {
     std::fill_n(y->typed_data(), y->element_count(), 0.0f);
     return ffi::Error::Success();
   }
+  const float* xp = x.typed_data();
+  float* yp = y->typed_data();
+  auto run = [&](const auto* numbers) {
+    auto one = [&](int64_t g, int64_t start, int64_t own) {
+      panels_product(pool, xp + start * k, numbers + g * n * k, by ? by + g * n : nullptr, yp + start * n, own, k,
+                     panels);
+    };
+    if (sizes)
+      each_group(sizes, shape[0], rows, n, yp, one);
+    else
+      one(which, 0, rows);
+  };
   if (w.element_type() == ffi::F32)
-    panels_product(pool, x.typed_data(), w.typed_data<float>(), y->typed_data(), rows, k, panels);
+    run(w.typed_data<float>());
+  else if (w.element_type() == ffi::S8)
+    run(w.typed_data<int8_t>());
   else
-    panels_product(pool, x.typed_data(), static_cast<const Bf16*>(w.untyped_data()), y->typed_data(), rows, k, panels);
+    run(static_cast<const Bf16*>(w.untyped_data()));
   return ffi::Error::Success();
+}
+
+static ffi::Error PanelProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
+                               ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> sizes,
+                               ffi::ResultBuffer<ffi::F32> y) {
+  return product_with(pool, x, w, 0, scale.element_count() > 0 ? scale.typed_data() : nullptr,
+                      sizes.element_count() > 0 ? sizes.typed_data() : nullptr, y);
+}
+
+// The same with one of many matrices, which are not copied: w [l, n / 16, k, 16], at [].
+static ffi::Error PanelProductAt(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
+                                 ffi::Buffer<ffi::S32> at, ffi::ResultBuffer<ffi::F32> y) {
+  int64_t which = at.typed_data()[0];
+  if (which < 0 || which >= w.dimensions()[0]) return ffi::Error::InvalidArgument("there is no such matrix");
+  return product_with(pool, x, w, which, nullptr, nullptr, y);
 }
 
 // x [t, n] -> y [t], the sum of each row, in one order whatever the number of rows.
@@ -249,9 +243,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(rms_norm, RmsNorm,
                                   .Attr<float>("eps")
                                   .Attr<float>("offset"));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(panel_product_at, PanelProductAt,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(panel_product, PanelProduct,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

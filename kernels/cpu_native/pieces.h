@@ -178,10 +178,22 @@ void deal(ffi::ThreadPool& pool, int64_t pieces, Piece piece) {
   int64_t threads = std::min<int64_t>(pool.num_threads(), pieces);
   for (int64_t t = 1; t < threads; ++t) pool.Schedule([work] { work(); });
   work();
-  // A late helper finds no piece left and touches nothing but the counters, which it shares.
+  // A late thread finds no piece left and touches nothing but the counters, which it shares.
   for (int turns = 0; shared->done.load() < pieces; ++turns) {
     if (turns > 1000) std::this_thread::yield();
   }
+}
+
+// product(group, first row, rows) of each group that has rows; rows of no group give 0.
+template <typename Product>
+void each_group(const int32_t* sizes, int64_t groups, int64_t rows, int64_t n, float* y, Product product) {
+  int64_t start = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    int64_t own = std::clamp<int64_t>(sizes[g], 0, rows - start);
+    if (own > 0) product(g, start, own);
+    start += own;
+  }
+  std::fill(y + start * n, y + rows * n, 0.0f);
 }
 
 // y[b, r] = scale[r] sum x[b] w[r] for B rows of x and R rows of w; no scale: 1.

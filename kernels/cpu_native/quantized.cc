@@ -16,18 +16,6 @@ namespace {
 constexpr int64_t kPieceBytes = 1 << 15;   // of weights: some microseconds
 constexpr int64_t kCachedBytes = 3 << 13;  // of activations: most of a first cache
 
-// product(group, first row, rows) of each group that has rows; rows of no group give 0.
-template <typename Product>
-void each_group(const int32_t* sizes, int64_t groups, int64_t rows, int64_t n, float* y, Product product) {
-  int64_t start = 0;
-  for (int64_t g = 0; g < groups; ++g) {
-    int64_t own = std::clamp<int64_t>(sizes[g], 0, rows - start);
-    if (own > 0) product(g, start, own);
-    start += own;
-  }
-  std::fill(y + start * n, y + rows * n, 0.0f);
-}
-
 }  // namespace
 
 // x [t, k], w [n, k], scale [1, n] -> y [t, n] = x (w scale)^T

@@ -8,8 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from maxstack.kernels import Unsupported
 from maxstack.kernels.dispatch import chip, choose, only_on
-from maxstack.kernels.grouped_matmul import mosaic_gpu, mosaic_tpu, native, reference
-from maxstack.kernels.grouped_matmul.derivative import product
+from maxstack.kernels.grouped_matmul import native, reference
+from maxstack.kernels.grouped_matmul.derivative import BACKENDS, product
 from maxstack.kernels.quantized_matmul.weight import QuantizedWeight
 from maxstack.kernels.sharded import explicit_mesh, varying, varying_over
 
@@ -59,8 +59,8 @@ def grouped_matmul(
 def declined(x_td: Array, w: Array | QuantizedWeight, group_sizes_e: Array) -> dict[str, str | None]:
     """The backends, best first, each with why it cannot serve this call."""
     return {
-        "mosaic_tpu": only_on("tpu") or mosaic_tpu.declined(x_td, w, group_sizes_e),
-        "mosaic_gpu": only_on("gpu") or hopper() or mosaic_gpu.declined(x_td, w),
+        "mosaic_tpu": only_on("tpu") or BACKENDS["mosaic_tpu"].declined(x_td, w, group_sizes_e),
+        "mosaic_gpu": only_on("gpu") or hopper() or BACKENDS["mosaic_gpu"].declined(x_td, w),
         "cpu_native": only_on("cpu") or native.declined(x_td, w, group_sizes_e),
         "xla": None,
         "reference": None,

@@ -23,9 +23,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from maxstack.kernels.grouped_matmul import mosaic_gpu_quantized
-from maxstack.kernels.grouped_matmul.mosaic_gpu_tile import load_stages, store_rows, summed
+from maxstack.kernels.grouped_matmul.mosaic_gpu_tile import store_rows, summed
 from maxstack.kernels.grouped_matmul.quantized import whole
 from maxstack.kernels.grouped_matmul.visits import EIGHT, own_tiles
+from maxstack.kernels.hopper_stages import load_stages
 from maxstack.kernels.quantized_matmul.weight import QuantizedWeight
 
 ROWS, GROUPS = 64, 2

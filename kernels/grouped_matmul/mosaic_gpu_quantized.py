@@ -14,8 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from maxstack.kernels.grouped_matmul.mosaic_gpu_tile import load_stages, store_rows
+from maxstack.kernels.grouped_matmul.mosaic_gpu_tile import store_rows
 from maxstack.kernels.grouped_matmul.visits import EIGHT, own_tiles
+from maxstack.kernels.hopper_stages import load_stages
 from maxstack.kernels.quantized_matmul.mosaic_gpu import (
     GROUPS,
     INPUTS,

@@ -1,28 +1,10 @@
-"""What the Hopper kernels of grouped products share: stages that are loaded and summed, rows that are stored."""
+"""What the Hopper kernels of grouped products share: stages that are summed, rows that are stored."""
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
-
-LOADER_REGISTERS = 40
-
-
-def load_stages(load, steps, stages: int, free) -> None:
-    """`load(step, stage)` of each step, into a stage that is free."""
-    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-
-    def each(step, _):
-        stage = jax.lax.rem(step, jnp.int32(stages))
-        pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[stage]))
-        load(step, stage)
-
-    def drain(step, _):  # no block ends before its last stages are given back
-        plgpu.barrier_wait(free.at[jax.lax.rem(step, jnp.int32(stages))])
-
-    jax.lax.fori_loop(0, steps, each, None)
-    jax.lax.fori_loop(jnp.maximum(steps - stages, 0), steps, drain, None)
 
 
 def summed(shape: tuple[int, int], multiply, steps, stages: int, ready, free) -> Array:

@@ -182,7 +182,8 @@ def _scalars(visits: Visits, mark_v: Array) -> tuple[Array, ...]:
 
 
 def _cost(flops: int, again, once, out_bytes: int) -> pl.CostEstimate:
-    moved = sum(a.size * a.dtype.itemsize for a in (*again, *once)) + out_bytes
+    bits = sum(a.size * (4 if a.dtype == jnp.int4 else 8 * a.dtype.itemsize) for a in (*again, *once))
+    moved = bits // 8 + out_bytes
     return pl.CostEstimate(flops=int(flops), transcendentals=0, bytes_accessed=int(moved))
 
 

@@ -1,8 +1,7 @@
 """Attention over a cache in pages: the public functions, their checks, the choice of a backend."""
 
 from dataclasses import replace
-from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from maxstack.kernels import Unsupported
-from maxstack.kernels.dispatch import choose
-from maxstack.kernels.paged_attention import mosaic_gpu, mosaic_tpu, native, plan, reference, xla
+from maxstack.kernels.dispatch import Later, choose, elsewhere
+from maxstack.kernels.paged_attention import native, plan, reference, xla
 from maxstack.kernels.paged_attention.append import append_kv, append_latent
 from maxstack.kernels.paged_attention.cache import (
     KVCache,
@@ -34,9 +33,13 @@ __all__ = [
 
 Implementation = Literal["auto", "xla", "reference", "cpu_native", "mosaic_gpu", "mosaic_tpu"]
 # Best first.
-BACKENDS: dict[str, ModuleType] = {
-    "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "cpu_native": native, "xla": xla, "reference": reference,
-}  # fmt: skip
+BACKENDS: dict[str, Any] = {
+    "mosaic_gpu": Later("maxstack.kernels.paged_attention.mosaic_gpu"),
+    "mosaic_tpu": Later("maxstack.kernels.paged_attention.mosaic_tpu"),
+    "cpu_native": native,
+    "xla": xla,
+    "reference": reference,
+}
 
 
 def paged_attention(
@@ -157,7 +160,10 @@ def _run(q_btnh, cache, page_table_bp, lengths_b, sinks, options, splits, value_
     pool, entries = _pool(cache).shape[0], page_table_bp.shape[1]
     if debug:
         _check_table(page_table_bp, lengths_b, q_btnh.shape[1], options.window, pool, page_size(cache))
-    declined = {name: backend.declined(q_btnh, cache, value_size) for name, backend in BACKENDS.items()}
+    declined = {
+        name: elsewhere(name) or backend.declined(q_btnh, cache, value_size)
+        for name, backend in BACKENDS.items()
+    }
     backend = BACKENDS[choose("paged_attention", implementation, declined, named_only=("reference",))]
     if splits is None:
         splits = backend.default_splits(q_btnh, cache, entries)

@@ -6,9 +6,20 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from maxstack.kernels import cpu_native, dispatch
-from maxstack.kernels.paged_attention.cache import KVCache, LatentCache, Lengths, Table, head_size, quantized
-from maxstack.kernels.paged_attention.mosaic_tpu_append import Pool, append_pages, declined
+from maxstack.kernels.dispatch import Later
+from maxstack.kernels.paged_attention.cache import (
+    KVCache,
+    LatentCache,
+    Lengths,
+    Pool,
+    Table,
+    head_size,
+    quantized,
+)
 from maxstack.kernels.sharded import varying, varying_over
+
+BY_PAGES = Later("maxstack.kernels.paged_attention.mosaic_tpu_append")
+BY_TOKENS = Later("maxstack.kernels.paged_attention.mosaic_tpu_token")
 
 
 def append_kv(
@@ -46,6 +57,9 @@ def append_kv(
         (k, k_scale), (v, v_scale) = _append_pages(wholes, page_table_bp, lengths_b, counts_b)
         return KVCache(_turned(k, turned), v, k_scale, v_scale)
     slots = _slots(k_btkh.shape[:2], page_table_bp, lengths_b, counts_b, pool, page)
+    if _by_tokens(wholes):
+        (k, k_scale), (v, v_scale) = _append_tokens(wholes, slots)
+        return KVCache(_turned(k, turned), v, k_scale, v_scale)
     k, k_scale = quantized(k_btkh, cache.k_pages.dtype)
     v, v_scale = quantized(v_btkh, cache.v_pages.dtype)
     if cache.k_scale is None or cache.v_scale is None:
@@ -76,6 +90,9 @@ def append_latent(
         ((pages, scale),) = _append_pages([whole], page_table_bp, lengths_b, counts_b)
         return LatentCache(pages[:, 0], None if scale is None else scale[:, 0])
     slots = _slots(latent_bth.shape[:2], page_table_bp, lengths_b, counts_b, pool, page)
+    if _by_tokens([whole]):
+        ((pages, scale),) = _append_tokens([whole], slots)
+        return LatentCache(pages[:, 0], None if scale is None else scale[:, 0])
     values, scale = quantized(latent_bth, cache.pages.dtype)
     if cache.scale is None:
         (pages,) = _written(slots, (cache.pages,), (values,), (2,))
@@ -85,14 +102,33 @@ def append_latent(
 
 def _by_pages(pools: list[Pool]) -> bool:
     """Long chunks on TPUs."""
-    return dispatch.chip().platform == "tpu" and declined(pools) is None
+    return dispatch.chip().platform == "tpu" and BY_PAGES.declined(pools) is None
 
 
 def _append_pages(pools: list[Pool], page_table_bp: Table, lengths_b: Lengths, counts_b: Lengths | None):
     t = pools[0].new_btkh.shape[1]
     lengths_b = jnp.asarray(lengths_b, jnp.int32)
     counts_b = jnp.full_like(lengths_b, t) if counts_b is None else jnp.asarray(counts_b, jnp.int32)
-    return append_pages(pools, jnp.asarray(page_table_bp), lengths_b, counts_b)
+    return BY_PAGES.append_pages(pools, jnp.asarray(page_table_bp), lengths_b, counts_b)
+
+
+def _by_tokens(pools: list[Pool]) -> bool:
+    """Few tokens on TPUs."""
+    return dispatch.chip().platform == "tpu" and BY_TOKENS.declined(pools) is None
+
+
+def _append_tokens(pools: list[Pool], slots):
+    """Token after token, of all sequences at once."""
+    b, t = pools[0].new_btkh.shape[:2]
+    page_bt, place_bt = (x.reshape(b, t) for x in slots)
+    for i in range(t):
+        now = [pool._replace(new_btkh=pool.new_btkh[:, i : i + 1]) for pool in pools]
+        written = BY_TOKENS.append_token(now, page_bt[:, i], place_bt[:, i])
+        pools = [
+            pool._replace(pages=pages, scale=scale)
+            for pool, (pages, scale) in zip(pools, written, strict=True)
+        ]
+    return [(pool.pages, pool.scale) for pool in pools]
 
 
 def _turned(pages: Array, turn: bool) -> Array:

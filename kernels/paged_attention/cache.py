@@ -17,6 +17,17 @@ LARGEST = {jnp.dtype(jnp.int8): 127, jnp.dtype(jnp.int4): 7, PACKED: 7}
 """Quantization is symmetric: ±LARGEST, scale = largest magnitude / LARGEST, rounded to nearest even."""
 
 
+class Pool(NamedTuple):
+    """Pages of keys, of values, or of latents, and what is to be written."""
+
+    pages: Array
+    """[P, k, page, h], or [P, k, h, page] if turned."""
+    scale: Array | None
+    """[P, k, page] float32."""
+    new_btkh: Array
+    turned: bool
+
+
 class KVCache(NamedTuple):
     """A pool of pages shared by all sequences. `P` pages, `k` kv heads, `page` tokens a page, `h` components.
 

@@ -254,10 +254,9 @@ def _scaled(products, options: Options):
 def _visible(left, tile, options: Options, each: int, group: int):
     """[rows, tokens]: which key a query sees; rows are (query, head), `tile` tiles are before."""
     keys = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=ROWS)
-    behind = left - 1 - keys  # the last query
     rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=ROWS) + tile * TILE
-    for later in range(1, each):
-        behind = behind - jnp.where(rows < later * group, 1, 0)
+    # The key that is just behind a row's query, once a row: in the last of `each` queries everything is seen.
+    behind = left - each + jnp.minimum(lax.div(rows, group), each - 1) - keys
     visible = behind >= 0
     if options.window is not None:
         visible &= behind < options.window

@@ -8,7 +8,6 @@ XLA moves the chunk first, so that it begins where its page does: two passes ove
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,23 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
-from maxstack.kernels.paged_attention.cache import LARGEST
+from maxstack.kernels.paged_attention.cache import LARGEST, Pool
 
 LANES = 128
 VMEM_BYTES = 10 << 20
 """Of two pages being written and two of new tokens; a v5e gives a kernel 16 MiB unless it asks for more."""
 SLOTS = 2
-
-
-class Pool(NamedTuple):
-    """Pages of keys, of values, or of latents, and what is to be written."""
-
-    pages: Array
-    """[P, k, page, h], or [P, k, h, page] if turned."""
-    scale: Array | None
-    """[P, k, page] float32."""
-    new_btkh: Array
-    turned: bool
 
 
 def declined(pools: list[Pool]) -> str | None:
@@ -197,11 +185,11 @@ def _put_head(x, page_ref, scale_ref, head: int, turn: bool, begin, end):
         inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1.0), 0.0)
         x = jnp.clip(jnp.round(x * inverse), -largest, largest)
     x = x.T if turn else x
-    kept = jnp.where(among(x.shape, 1 if turn else 0), x, _wide(page_ref[...]))
-    page_ref[...] = _narrow(kept, page_ref.dtype)
+    kept = jnp.where(among(x.shape, 1 if turn else 0), x, wide(page_ref[...]))
+    page_ref[...] = narrow(kept, page_ref.dtype)
 
 
-def _wide(x):
+def wide(x):
     """Float32; integers by way of int32, the one way that every chip has."""
     return (
         x.astype(jnp.int32).astype(jnp.float32)
@@ -210,7 +198,7 @@ def _wide(x):
     )
 
 
-def _narrow(x, dtype):
+def narrow(x, dtype):
     return x.astype(jnp.int32).astype(dtype) if jnp.issubdtype(dtype, jnp.integer) else x.astype(dtype)
 
 

@@ -1,23 +1,17 @@
 """Products with weights of 8 or 4 bits: the public function, its checks, its gradient, the choice of a backend."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from maxstack.kernels import Unsupported
-from maxstack.kernels.dispatch import chip, choose, only_on
-from maxstack.kernels.quantized_matmul import (
-    mosaic_gpu,
-    mosaic_gpu_int8,
-    mosaic_tpu,
-    native,
-    reference,
-    xla,
-)
+from maxstack.kernels.dispatch import Later, chip, choose, only_on
+from maxstack.kernels.quantized_matmul import native, reference, xla
 from maxstack.kernels.quantized_matmul.layout import lay_out
+from maxstack.kernels.quantized_matmul.panels import PanelWeight, from_panels, in_panels, panel_matmul
 from maxstack.kernels.quantized_matmul.weight import (
     KINDS,
     Kind,
@@ -30,13 +24,16 @@ from maxstack.kernels.quantized_matmul.weight import (
 from maxstack.kernels.sharded import varying, varying_over
 
 __all__ = [
-    "KINDS", "Activations", "Implementation", "Kind", "QuantizedWeight", "Storage", "dequantize", "quantize",
-    "quantized_matmul", "stored",
+    "KINDS", "Activations", "Implementation", "Kind", "PanelWeight", "QuantizedWeight", "Storage", "dequantize",
+    "from_panels", "in_panels", "panel_matmul", "quantize", "quantized_matmul", "stored",
 ]  # fmt: skip
 
 Implementation = Literal["auto", "mosaic_tpu", "mosaic_gpu", "cpu_native", "xla", "reference"]
 Activations = Literal["float", "int8"]
 NAME = "quantized_matmul"
+HOPPER = Later("maxstack.kernels.quantized_matmul.mosaic_gpu")
+HOPPER_INT8 = Later("maxstack.kernels.quantized_matmul.mosaic_gpu_int8")
+TPU = Later("maxstack.kernels.quantized_matmul.mosaic_tpu")
 
 
 def quantized_matmul(
@@ -50,10 +47,12 @@ def quantized_matmul(
 
     The gradient is that of x; a weight is frozen and gets none. On a mesh with explicit axes each device multiplies
     what it holds: the result is cut as x's tokens and the weight's outputs are, sums over inputs that are cut are added
-    up, and the weight is gathered along axes that cut the tokens too. Raises ValueError for shapes that disagree,
+    up, and the weight is gathered along axes that cut the tokens too. Of a stack of weights that of `w.layer` is meant:
+    the kernel for TPUs reads it where it lies, others have it cut out. Raises ValueError for shapes that disagree,
     TypeError for types, Unsupported when the named implementation cannot serve the call.
     """
-    check(x, w, activations)
+    check(x, w if w.layer is None else jax.eval_shape(QuantizedWeight.one, w), activations)
+    w = w if chip().platform == "tpu" else w.one()
     layout, x, w = lay_out(x, w)
     dtype = jnp.dtype(dtype or x.dtype)
     if layout is None:
@@ -78,8 +77,9 @@ def local_product(
     x_tk = x.reshape(-1, w.inputs)
     backends = declined(x_tk, w, activations)
     if implementation == "auto" and activations == "float":
-        backends["mosaic_gpu"] = backends["mosaic_gpu"] or mosaic_gpu.worth(x_tk.shape[0])
+        backends["mosaic_gpu"] = backends["mosaic_gpu"] or HOPPER.worth(x_tk.shape[0])
     taken = choose(NAME, implementation, backends, named_only=("reference",))
+    w = w if taken == "mosaic_tpu" and w.zero is None else w.one()
     # Inside `jax.shard_map`: where the weight is cut and x is whole, x's gradient is summed over the devices by the
     # transpose of this, outside of the custom derivative.
     axes = frozenset().union(*map(varying, (x_tk, *jax.tree.leaves(w))))
@@ -91,9 +91,9 @@ def local_product(
 def declined(x_tk: Array, w: QuantizedWeight, activations: Activations) -> dict[str, str | None]:
     """The backends, best first, each with why it cannot serve this call."""
     rounding = "it takes activations as they are" if activations == "int8" else None
-    hopper_form = mosaic_gpu_int8 if activations == "int8" else mosaic_gpu
+    hopper_form = HOPPER_INT8 if activations == "int8" else HOPPER
     return {
-        "mosaic_tpu": only_on("tpu") or int8_on(chip().name, activations) or mosaic_tpu.declined(x_tk, w),
+        "mosaic_tpu": only_on("tpu") or int8_on(chip().name, activations) or TPU.declined(x_tk, w),
         "mosaic_gpu": only_on("gpu") or hopper() or hopper_form.declined(x_tk, w),
         "cpu_native": only_on("cpu") or rounding or native.declined(x_tk.shape[0], w),
         "xla": None,
@@ -109,7 +109,7 @@ def hopper() -> str | None:
 
 def int8_on(name: str, activations: Activations) -> str | None:
     """Why a TPU cannot multiply int8 with int8."""
-    if activations == "int8" and name in mosaic_tpu.WITHOUT_INT8:
+    if activations == "int8" and name in TPU.WITHOUT_INT8:
         return f"{name} has no products of int8; leave activations float"
     return None
 
@@ -124,18 +124,19 @@ def product(
     if activations == "int8":
         q_tk, scale_t = xla.rounded_rows(x_tk, over)
         if taken == "mosaic_gpu":
-            return mosaic_gpu_int8.int8_product(q_tk, scale_t, w, dtype)
-        form = mosaic_tpu.int8_product if taken == "mosaic_tpu" else xla.int8_product
+            return HOPPER_INT8.int8_product(q_tk, scale_t, w, dtype)
+        form = TPU.int8_product if taken == "mosaic_tpu" else xla.int8_product
         return form(q_tk, scale_t, w).astype(dtype)
-    forms = {
-        "mosaic_tpu": mosaic_tpu.quantized_matmul,
-        "mosaic_gpu": mosaic_gpu.quantized_matmul,
-        "cpu_native": native.quantized_matmul,
-        "xla": xla.quantized_matmul,
-        "reference": reference.quantized_matmul,
+    forms: dict[str, Any] = {
+        "mosaic_tpu": TPU,
+        "mosaic_gpu": HOPPER,
+        "cpu_native": native,
+        "xla": xla,
+        "reference": reference,
     }
+    own = {"dtype": dtype} if taken == "mosaic_tpu" else {}
     # What calls out of XLA does not say over which axes its result varies.
-    return varying_over(varying(x_tk), forms[taken](x_tk, w).astype(dtype))
+    return varying_over(varying(x_tk), forms[taken].quantized_matmul(x_tk, w, **own).astype(dtype))
 
 
 def forward(
@@ -156,7 +157,7 @@ def backward(
 ) -> tuple[Array, None]:  # fmt: skip
     """The gradient of x, as if it had not been rounded; the weight is frozen."""
     typed, w = kept
-    return xla.transposed(dy_tn.astype(typed.dtype), w).astype(typed.dtype), None
+    return xla.transposed(dy_tn.astype(typed.dtype), w.one()).astype(typed.dtype), None
 
 
 product.defvjp(forward, backward)

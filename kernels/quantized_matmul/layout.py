@@ -32,10 +32,12 @@ class Layout:
 
     def weight(self, w: QuantizedWeight) -> QuantizedWeight:
         """Specs in the places of arrays. One scale for all inputs is on every device that has some of them."""
+        front = () if w.layer is None else ((),)
         groups = spec(() if one_group(w) else self.inputs, self.outputs)
         return dataclasses.replace(
-            w, values=spec(self.outputs, self.inputs), scale=groups, zero=None if w.zero is None else groups
-        )
+            w, values=spec(*front, self.outputs, self.inputs), scale=groups,
+            zero=None if w.zero is None else groups, layer=None if w.layer is None else spec(),
+        )  # fmt: skip
 
     def held(self, w: QuantizedWeight) -> QuantizedWeight:
         """Inside `jax.shard_map`: a device's arrays with the number of inputs that they stand for."""
@@ -54,7 +56,7 @@ def lay_out(x: Array, w: QuantizedWeight) -> tuple[Layout | None, Array, Quantiz
         return None, x, w
     lead = dim_axes(x)[:-1]
     taken = {axis for axes in lead for axis in axes}
-    outputs, inputs = (tuple(a for a in axes if a not in taken) for axes in dim_axes(w.values))
+    outputs, inputs = (tuple(a for a in axes if a not in taken) for axes in dim_axes(w.values)[-2:])
     if w.inputs % (ways(mesh, inputs) * (1 if one_group(w) else w.group)):
         inputs = ()
     layout = Layout(mesh=mesh, lead=lead, inputs=inputs, outputs=outputs)

@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from maxstack.kernels import tiles
+from maxstack.kernels.hopper_stages import load_stages
 from maxstack.kernels.quantized_matmul.weight import QuantizedWeight
 
 ROWS, GROUPS = 64, 2
@@ -36,7 +37,7 @@ WORTH_TOKENS = 512
 """Beyond, a matrix in bfloat16 made once and multiplied by XLA's own product is the better form."""
 BLOCKS = 2 * 132
 """As many as keep an H100 or H200 busy: two for each multiprocessor."""
-REGISTERS, LOADER_REGISTERS = 232, 40
+REGISTERS = 232
 
 
 def declined(x_tk: Array, w: QuantizedWeight) -> str | None:
@@ -149,15 +150,7 @@ def block(
 
     @pl.when(own == GROUPS)
     def _():
-        plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-
-        def load(step, _):
-            stage = jax.lax.rem(step, stages)
-
-            @pl.when(step >= stages)
-            def _():
-                plgpu.barrier_wait(free.at[stage])
-
+        def load(step, stage):
             at, outputs = (first + step) * INPUTS, pl.ds(n * GROUPS * ROWS, GROUPS * ROWS)
             plgpu.copy_gmem_to_smem(w_nk.at[outputs, pl.ds(at, INPUTS)], ws.at[stage], ready.at[stage])
             plgpu.copy_gmem_to_smem(
@@ -165,16 +158,8 @@ def block(
             )
             if grouped:
                 plgpu.copy_gmem_to_smem(s_kgn.at[first + step, :, outputs], ss.at[stage], ready.at[stage])
-            return ()
 
-        jax.lax.fori_loop(0, steps, load, ())
-
-        # No block ends before its last stages are given back.
-        def drain(step, _):
-            plgpu.barrier_wait(free.at[jax.lax.rem(step, stages)])
-            return ()
-
-        jax.lax.fori_loop(steps - stages, steps, drain, ())
+        load_stages(load, steps, stages, free)
 
     @pl.when(own < GROUPS)
     def _():

@@ -19,11 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int8
 
+from maxstack.kernels.hopper_stages import load_stages
 from maxstack.kernels.quantized_matmul.mosaic_gpu import (
     BLOCKS,
     GROUPS,
     INPUTS,
-    LOADER_REGISTERS,
     REGISTERS,
     ROWS,
     STAGES,
@@ -111,31 +111,15 @@ def block(
 
     @pl.when(own == GROUPS)
     def _():
-        plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-
-        def load(step, _):
-            stage = jax.lax.rem(step, stages)
-
-            @pl.when(step >= stages)
-            def _():
-                plgpu.barrier_wait(free.at[stage])
-
+        def load(step, stage):
             inputs = pl.ds((p * steps + step) * INPUTS, INPUTS)
             rows = pl.ds(m * TILE_ROWS, TILE_ROWS)
             plgpu.copy_gmem_to_smem(a_mk.at[rows, inputs], a_s.at[stage], ready.at[stage])
             plgpu.copy_gmem_to_smem(
                 b_nk.at[pl.ds(n * columns, columns), inputs], b_s.at[stage], ready.at[stage]
             )
-            return ()
 
-        jax.lax.fori_loop(0, steps, load, ())
-
-        # No block ends before its last stages are given back.
-        def drain(step, _):
-            plgpu.barrier_wait(free.at[jax.lax.rem(step, stages)])
-            return ()
-
-        jax.lax.fori_loop(steps - stages, steps, drain, ())
+        load_stages(load, steps, stages, free)
 
     @pl.when(own < GROUPS)
     def _():

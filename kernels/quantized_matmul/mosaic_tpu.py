@@ -76,11 +76,12 @@ def tiles_for(tokens: int, w: QuantizedWeight, step: int = TOKENS) -> Tiles:
 
 
 def quantized_matmul(
-    x_tk: Float[Array, "t k"], w: QuantizedWeight, *, tiles: Tiles | None = None, interpret: Any = False
-) -> Float[Array, "t n"]:
-    """`x w^T` in float32."""
+    x_tk: Float[Array, "t k"], w: QuantizedWeight, *, tiles: Tiles | None = None, interpret: Any = False,
+    dtype: jnp.dtype | type = jnp.float32,
+) -> Float[Array, "t n"]:  # fmt: skip
+    """`x w^T`, summed in float32 and rounded once; with zero points it stays float32."""
     tiles = tiles or tiles_for(x_tk.shape[0], w)
-    y_tn = run(x_tk, w, tiles, jnp.dtype(jnp.float32), interpret)
+    y_tn = run(x_tk, w, tiles, jnp.dtype(jnp.float32), interpret, dtype if w.zero is None else jnp.float32)
     if w.zero is None:
         return y_tn
     # What is too much is a product of few terms: the sum of each group's inputs, times scale and zero point.
@@ -97,44 +98,53 @@ def int8_product(
     return run(q_tk, w, tiles, jnp.dtype(jnp.int32), interpret) * scale_t[:, None]
 
 
-def run(x_tk: Array, w: QuantizedWeight, tiles: Tiles, sum_dtype: jnp.dtype, interpret: Any) -> Array:
-    """The kernel over all tiles."""
+def run(
+    x_tk: Array, w: QuantizedWeight, tiles: Tiles, sum_dtype: jnp.dtype, interpret: Any,
+    dtype: jnp.dtype | type = jnp.float32,
+) -> Array:  # fmt: skip
+    """The kernel over all tiles, of the one layer if the values are a stack of many."""
     tokens, (bt, bn, bk) = x_tk.shape[0], tiles
     x_tk = jnp.pad(x_tk, ((0, -tokens % bt), (0, 0)))
     whole = w.group == w.inputs
     group = bk if whole else w.group
+    stacked = w.layer is not None
+    values_lnk = w.values if stacked else w.values[None]
+    layer = jnp.reshape(jnp.asarray(w.layer if stacked else 0, jnp.int32), (1,))
     # A block of scales has all its groups as a dimension of its own: it need not be a multiple of 8.
-    scales_kgn = w.scale.reshape(1, 1, -1) if whole else w.scale.reshape(-1, bk // group, w.outputs)
+    scales_kgn = w.scale.reshape(-1, 1 if whole else bk // group, w.outputs)
     grid = (x_tk.shape[0] // bt, w.outputs // bn, w.inputs // bk)
     body = functools.partial(tile, group=None if whole else group, steps=grid[2])
     y_tn = pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct(
-            (x_tk.shape[0], w.outputs), jnp.float32, manual_axis_type=jax.typeof(x_tk).manual_axis_type
+            (x_tk.shape[0], w.outputs), dtype, manual_axis_type=jax.typeof(x_tk).manual_axis_type
         ),
-        grid=grid,
-        in_specs=[
-            pl.BlockSpec((bt, bk), lambda t, n, k: (t, k)),
-            pl.BlockSpec((bn, bk), lambda t, n, k: (n, k)),
-            pl.BlockSpec((1, scales_kgn.shape[1], bn), lambda t, n, k: (0 if whole else k, 0, n)),
-        ],
-        out_specs=pl.BlockSpec((bt, bn), lambda t, n, k: (t, n)),
-        scratch_shapes=[pltpu.VMEM((bt, bn), sum_dtype)],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=[
+                pl.BlockSpec((bt, bk), lambda t, n, k, at: (t, k)),
+                pl.BlockSpec((None, bn, bk), lambda t, n, k, at: (at[0], n, k)),
+                pl.BlockSpec((1, scales_kgn.shape[1], bn), lambda t, n, k, at: (0 if whole else k, 0, n)),
+            ],
+            out_specs=pl.BlockSpec((bt, bn), lambda t, n, k, at: (t, n)),
+            scratch_shapes=[pltpu.VMEM((bt, bn), sum_dtype)],
+        ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=2 * x_tk.size * w.outputs,
             transcendentals=0,
-            bytes_accessed=w.values.size * w.bits // 8
+            bytes_accessed=w.outputs * w.inputs * w.bits // 8
             + x_tk.size * x_tk.dtype.itemsize
             + 4 * x_tk.shape[0] * w.outputs,
         ),
         interpret=interpret,
         name="quantized_matmul",
-    )(x_tk, w.values, scales_kgn)
+    )(layer, x_tk, values_lnk, scales_kgn)
     return y_tn[:tokens]
 
 
-def tile(x_ref, w_ref, s_ref, y_ref, sum_ref, *, group: int | None, steps: int):
+def tile(layer_ref, x_ref, w_ref, s_ref, y_ref, sum_ref, *, group: int | None, steps: int):
     """One step: adds a run of inputs to the sums of a tile of outputs."""
     bk, k = x_ref.shape[1], pl.program_id(2)
 
@@ -157,7 +167,7 @@ def tile(x_ref, w_ref, s_ref, y_ref, sum_ref, *, group: int | None, steps: int):
     @pl.when(k == steps - 1)
     def _():
         y_tn = sum_ref[...].astype(jnp.float32)
-        y_ref[...] = y_tn * s_ref[0] if group is None else y_tn
+        y_ref[...] = (y_tn * s_ref[0] if group is None else y_tn).astype(y_ref.dtype)
 
 
 def product(a_tk: Array, b_nk: Array, dtype: jnp.dtype) -> Array:

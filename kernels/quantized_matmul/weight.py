@@ -52,6 +52,9 @@ class QuantizedWeight:
     """K."""
     group: int = dataclasses.field(metadata={"static": True})
     """Inputs that share a scale."""
+    layer: Any = None
+    """Where `values` are a stack of many layers', [layers, N, K]: the one that is meant. A kernel finds it there; cut
+    out of its stack by XLA it would be a copy. Scales are those of the layer: XLA would fetch all of their stack."""
 
     @property
     def outputs(self) -> int:
@@ -62,6 +65,13 @@ class QuantizedWeight:
     def bits(self) -> int:
         """Of a value."""
         return 8 if self.values.dtype == jnp.int8 else 4
+
+    def one(self) -> "QuantizedWeight":
+        """The weight of the layer that is meant, cut out of its stack."""
+        if self.layer is None:
+            return self
+        values = jax.lax.dynamic_index_in_dim(self.values, self.layer, keepdims=False)
+        return dataclasses.replace(self, values=values, layer=None)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -35,7 +35,19 @@ class Splitter:
         self._first, self._last = tags or ("", "")
         opened = tags is not None and prompt.rstrip().endswith(self._first)
         self._at = "inside" if opened else "before" if tags is not None else "after"
+        self.thought = opened
+        """Whether there are thoughts."""
         self._held, self._begun = "", tags is None
+
+    @property
+    def place(self) -> str:
+        """Where the text so far ends: "before" the thoughts, "inside" or "after" them."""
+        return self._at
+
+    @property
+    def over(self) -> bool:
+        """Whether whatever comes is answer, as it is."""
+        return self._at == "after" and self._begun and not self._held
 
     def push(self, text: str) -> list[Piece]:
         """What is certain now."""
@@ -60,6 +72,7 @@ class Splitter:
         found = self._held.lstrip()
         if found.startswith(self._first):
             self._at, self._held = "inside", found.removeprefix(self._first)
+            self.thought = True
         elif not self._first.startswith(found):
             self._at, self._begun = "after", True
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from maxstack import sharding
@@ -145,29 +146,36 @@ def attached(
 
 
 def empty_factors(
-    block: Any, slots: AdapterSlots, dtype: jnp.dtype, front: tuple[int, ...] = ()
+    block: Any, slots: AdapterSlots, dtype: jnp.dtype, front: tuple[int, ...] = (), mesh: Mesh | None = None
 ) -> dict[str, Factors]:
-    """Room for adapters beside the maps of a layer; `front` is what stacking puts in front."""
+    """Room for adapters beside the maps of a layer; `front` is what stacking puts in front. On a mesh factors are cut
+    as the weights that they are beside."""
+
+    def zeros(shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+        axes = ("layers",) * len(front) + axes
+        return jnp.zeros((*front, *shape), dtype, device=sharding.place_of(mesh, axes))
+
     found = dict(adaptable(block))
     if slots.targets is not None:
         found = {name: part for name, part in found.items() if name in slots.targets}
     room: dict[str, Factors] = {}
     for name, part in found.items():
-        inputs, outputs = sizes_of(part)
+        (inputs, outputs), (of_inputs, of_outputs) = sizes_of(part), axes_of(part)
         room[name] = Factors(
-            jnp.zeros((*front, slots.count, *inputs, slots.rank), dtype),
-            jnp.zeros((*front, slots.count, slots.rank, *outputs), dtype),
+            zeros((slots.count, *inputs, slots.rank), ("whole", *of_inputs, "whole")),
+            zeros((slots.count, slots.rank, *outputs), ("whole", "whole", *of_outputs)),
         )
     return room
 
 
 def put(factors: Any, slot: Int[Array, ""], new: Any, axis: int) -> Any:
     """Room with an adapter in one place of it."""
-    return jax.tree.map(
-        lambda room, own: jax.lax.dynamic_update_index_in_dim(room, own.astype(room.dtype), slot, axis),
-        factors,
-        new,
-    )
+
+    def one(room: Array, own: Array) -> Array:
+        own = jnp.expand_dims(own.astype(room.dtype), axis)
+        return jax.lax.dynamic_update_slice_in_dim(room, sharding.as_cut(own, room), slot, axis)
+
+    return jax.tree.map(one, factors, new)
 
 
 class LowRank(NamedTuple):

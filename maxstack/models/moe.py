@@ -11,10 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 from maxstack import sharding
 from maxstack.config import UserError
 from maxstack.kernels.grouped_matmul import grouped_matmul
-from maxstack.kernels.quantized_matmul import QuantizedWeight
+from maxstack.kernels.quantized_matmul import PanelWeight, QuantizedWeight, panel_matmul
 from maxstack.models.feed_forward import ACTIVATIONS, Activation, Aux, FeedForwardConfig
 from maxstack.models.layers import Buffer, Weight, constant, operand, require, weight
-from maxstack.models.packed import PackedMatrix
+from maxstack.models.packed import PackedMatrix, PackedPanels
 from maxstack.models.product import product
 
 
@@ -100,9 +100,9 @@ class Experts(NamedTuple):
     """The arrays of the routed experts that products with tokens sorted by expert need. In few bits a matrix lies the
     other way around, [outputs, inputs]."""
 
-    gate_edf: Float[Array, "e d f"] | QuantizedWeight
-    up_edf: Float[Array, "e d f"] | QuantizedWeight
-    down_efd: Float[Array, "e f d"] | QuantizedWeight
+    gate_edf: Float[Array, "e d f"] | QuantizedWeight | PanelWeight
+    up_edf: Float[Array, "e d f"] | QuantizedWeight | PanelWeight
+    down_efd: Float[Array, "e f d"] | QuantizedWeight | PanelWeight
     gate_b_ef: Float[Array, "e f"] | None = None
     up_b_ef: Float[Array, "e f"] | None = None
 
@@ -110,8 +110,10 @@ class Experts(NamedTuple):
 class MoE(nnx.Module):
     """`config` as a layer: [b, t, d] -> [b, t, d], with its losses and the load of each expert."""
 
-    matrices: ClassVar[tuple[str, ...]] = ("gate", "up", "down")
-    """Names of the routed experts' weights, which may be a PackedMatrix each."""
+    matrices: ClassVar[dict[str, tuple[str, str]]] = {
+        "gate": ("embed", "mlp"), "up": ("embed", "mlp"), "down": ("mlp", "embed"),
+    }  # fmt: skip
+    """Names of the routed experts' weights, which may be a PackedMatrix each, and the axes of inputs and outputs."""
 
     def __init__(self, config: MoEConfig, key: jax.Array, width: int, residual_scale: float):
         keys = jax.random.split(key, 5)
@@ -148,10 +150,10 @@ class MoE(nnx.Module):
             y = y + product(used_bte, self.down_b[...], ("expert", "embed"))
         return (y if self.shared is None else y + self.shared_part(x)), aux
 
-    def matrix(self, name: str) -> Array | QuantizedWeight:
+    def matrix(self, name: str) -> Array | QuantizedWeight | PanelWeight:
         """The routed experts' weights `name`, as they are kept."""
         w = getattr(self, name)
-        return w.weight if isinstance(w, PackedMatrix) else w[...]
+        return w.weight if isinstance(w, PackedMatrix | PackedPanels) else w[...]
 
     def shared_part(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """What the shared expert adds."""
@@ -227,31 +229,53 @@ def run_experts(
         return x.dtype if w.ndim == 3 else jnp.dtype(jnp.float32)
 
     def in_few_bits(w: Any) -> bool:
-        return isinstance(w, QuantizedWeight)
+        return isinstance(w, QuantizedWeight | PanelWeight)
 
-    if sharding.current_mesh() is None:
+    mesh = sharding.current_mesh()
+    if mesh is None:
         cast = jax.tree.map(
             lambda w: w if in_few_bits(w) else w.astype(kind(w)), experts, is_leaf=in_few_bits
         )
         return local_experts(x, chosen, weights, cast, config=config)
-    if any(map(in_few_bits, experts)):
-        raise UserError(
-            "packed weights of experts are not cut over devices yet: run the model without a mesh"
-        )
     spec = jax.typeof(x).sharding.spec
     operands = (x, chosen, weights, experts)
 
+    def gather(mine: Any, w: Any) -> Any:
+        if in_few_bits(w):
+            return gather_packed(mine, w, spec)
+        return sharding.gather_local(mine, jax.typeof(w).sharding.spec, spec, kind(w))
+
+    down = experts.down_efd
+    if isinstance(down, QuantizedWeight):
+        check_groups_are_whole(down, mesh.shape["tensor"])
+
     def run(x: Array, chosen: Array, weights: Array, cut: Experts) -> Array:
-        gathered = jax.tree.map(
-            lambda mine, w: sharding.gather_local(mine, jax.typeof(w).sharding.spec, spec, kind(w)),
-            cut,
-            experts,
-        )
+        gathered = jax.tree.map(gather, cut, experts, is_leaf=in_few_bits)
         y = local_experts(x, chosen, weights, gathered, config=config)
         return jax.lax.psum(y, "tensor")
 
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, operands)
     return jax.shard_map(run, in_specs=specs, out_specs=spec)(*operands)
+
+
+def gather_packed(mine: QuantizedWeight, w: QuantizedWeight, tokens: jax.P) -> QuantizedWeight:
+    """Inside `jax.shard_map`: as `sharding.gather_local`, in few bits. It is frozen: no gradient comes back."""
+
+    def gather(mine: Array, w: Array) -> Array:
+        return sharding.gather_frozen(mine, jax.typeof(w).sharding.spec, tokens)
+
+    held = jax.tree.map(gather, mine, w)
+    inputs = w.inputs * held.values.shape[-1] // w.values.shape[-1]
+    return dataclasses.replace(held, inputs=inputs, group=inputs if w.group == w.inputs else w.group)
+
+
+def check_groups_are_whole(down: QuantizedWeight, devices: int) -> None:
+    """Raise UserError where the inner width is cut over devices and a scale would be for weights of several."""
+    if devices > 1 and jax.typeof(down.values).sharding.spec[-1] is None:
+        raise UserError(
+            f"packed weights of experts: an inner width of {down.inputs} is not whole groups of {down.group} on each "
+            f"of {devices} devices along `tensor`: load with weights='int8', which has one group, or cut over fewer"
+        )
 
 
 def local_experts(x: Array, chosen: Array, weights: Array, experts: Experts, *, config: MoEConfig) -> Array:
@@ -263,12 +287,17 @@ def local_experts(x: Array, chosen: Array, weights: Array, experts: Experts, *, 
     sizes = jnp.bincount(flat, length=config.experts).astype(jnp.int32)
     sorted_x, of = x.reshape(tokens, d)[order // per_token], flat[order]
 
-    def inner(w_edf: Array | QuantizedWeight, b_ef: Array | None) -> Array:
-        y = grouped_matmul(sorted_x, w_edf, sizes)
+    def times(x: Array, w: Array | QuantizedWeight | PanelWeight) -> Array:
+        if isinstance(w, PanelWeight):
+            return panel_matmul(x, w, sizes).astype(x.dtype)
+        return grouped_matmul(x, w, sizes)
+
+    def inner(w_edf: Array | QuantizedWeight | PanelWeight, b_ef: Array | None) -> Array:
+        y = times(sorted_x, w_edf)
         return y if b_ef is None else y + b_ef[of]
 
     gate, up = inner(experts.gate_edf, experts.gate_b_ef), inner(experts.up_edf, experts.up_b_ef)
-    y = grouped_matmul(gated(gate, up, config).astype(x.dtype), experts.down_efd, sizes)
+    y = times(gated(gate, up, config).astype(x.dtype), experts.down_efd)
     y = jnp.zeros_like(y).at[order].set(y).reshape(tokens, per_token, d)
     return jnp.einsum("tjd,tj->td", y, weights.reshape(tokens, per_token)).reshape(b, t, d)
 

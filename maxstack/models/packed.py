@@ -7,7 +7,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from maxstack import sharding
-from maxstack.kernels.quantized_matmul import QuantizedWeight, dequantize, quantized_matmul
+from maxstack.kernels.quantized_matmul import (
+    PanelWeight,
+    QuantizedWeight,
+    dequantize,
+    from_panels,
+    in_panels,
+    panel_matmul,
+    quantized_matmul,
+)
 from maxstack.models.layers import Buffer, Linear, operand
 
 ARRAYS = ("values", "scale")
@@ -15,6 +23,10 @@ ARRAYS = ("values", "scale")
 
 class Packed(Buffer):
     """An array of a packed weight: saved, not trained."""
+
+
+class Layer(nnx.Variable):
+    """A number of a layer."""
 
 
 class PackedMatrix(nnx.Module):
@@ -30,19 +42,30 @@ class PackedMatrix(nnx.Module):
         self.values = Packed(w.values, axes=axes)
         self.scale = Packed(w.scale, axes=(*front, "whole" if w.group == w.inputs else inputs, outputs))
         self.inputs, self.group = w.inputs, w.group
+        self.layer: Layer | None = nnx.data(None)
 
     @property
     def weight(self) -> QuantizedWeight:
         """The weight as kernels take it."""
         values, scale = self.values[...], self.scale[...]
-        return QuantizedWeight(values=values, scale=scale, zero=None, inputs=self.inputs, group=self.group)
+        layer = None if self.layer is None else self.layer[...]
+        return QuantizedWeight(
+            values=values, scale=scale, zero=None, inputs=self.inputs, group=self.group, layer=layer
+        )
+
+    def of_layer(self, layer: Array, scale: Packed) -> "PackedMatrix":
+        """Of a stack of matrices [layers, …] the one of a layer, with its scales; its values stay in their stack."""
+        leaves, treedef = jax.tree.flatten(self)
+        copy = jax.tree.unflatten(treedef, leaves)
+        copy.layer, copy.scale = nnx.data(Layer(layer)), scale
+        return copy
 
     def __call__(self, x: Float[Array, "... k"], dtype: jnp.dtype | None = None) -> Float[Array, "... n"]:
         return quantized_matmul(x, self.weight, dtype=dtype)
 
     def whole(self, dtype: jnp.dtype) -> Float[Array, "n k"]:
         """The matrix in full precision; on a mesh every device gets all of it, gathered in few bits."""
-        return dequantize(jax.tree.map(sharding.whole, self.weight), dtype)
+        return dequantize(jax.tree.map(sharding.whole, self.weight.one()), dtype)
 
 
 class PackedLinear(nnx.Module):
@@ -63,3 +86,28 @@ class PackedLinear(nnx.Module):
     def matrix(self, dtype: jnp.dtype) -> Float[Array, "..."]:
         """As `Linear.matrix`."""
         return self.w.whole(dtype).T.reshape(*self.inputs, *self.outputs)
+
+
+class PackedPanels(nnx.Module):
+    """A matrix [K, N], or several, in few bits, in panels of outputs as C++ reads them on a CPU."""
+
+    def __init__(self, w_nk: QuantizedWeight):
+        w = in_panels(w_nk)
+        self.values = Packed(jnp.asarray(w.values), axes=("whole",) * w.values.ndim)
+        self.scale = Packed(jnp.asarray(w.scale), axes=("whole",) * w.scale.ndim)
+        self.outputs, self.inputs, self.group = w.outputs, w.inputs, w.group
+
+    @property
+    def weight(self) -> PanelWeight:
+        """The weight as the product takes it."""
+        return PanelWeight(
+            values=self.values[...], scale=self.scale[...], zero=None, outputs=self.outputs,
+            inputs=self.inputs, group=self.group,
+        )  # fmt: skip
+
+    def __call__(self, x_tk: Float[Array, "t k"], dtype: jnp.dtype | None = None) -> Float[Array, "t n"]:
+        return panel_matmul(x_tk, self.weight).astype(dtype or x_tk.dtype)
+
+    def matrix(self, dtype: jnp.dtype) -> Float[Array, "k n"]:
+        """The matrix in full precision."""
+        return from_panels(self.weight).T.astype(dtype)

@@ -59,7 +59,7 @@ class Packing:
         self.kind = kind
         self.storage: Storage = "bytes" if chip().platform == "cpu" else "int4"
         self.places = {f"{name}.w": place_of(name, linear, kind) for name, linear in linears(abstract)}
-        self.places |= {name: Place(name, kind, 2, 1) for name in experts(abstract)}
+        self.places |= {name: Place(name, kind, 2, 1) for name, _ in experts(abstract)}
         self.places |= head_place(abstract)
         self.abstract: Transformer = jax.eval_shape(lambda model: packed_form(model, self), abstract)
         self.homes = None if mesh is None else homes_of(self.abstract, mesh)
@@ -158,10 +158,10 @@ def linears(module: Any, name: str = "") -> Iterator[tuple[str, Linear]]:
             yield from linears(value, f"{name}.{part}" if name else part)
 
 
-def experts(module: Any, name: str = "") -> Iterator[str]:
-    """The dotted name of every weight of routed experts: a matrix [inputs, outputs] for each of them."""
+def experts(module: Any, name: str = "") -> Iterator[tuple[str, tuple[str, str]]]:
+    """The dotted name of every weight of routed experts, a matrix [inputs, outputs] for each of them, and the axes."""
     if isinstance(module, MoE):
-        yield from (f"{name}.{matrix}" for matrix in MoE.matrices)
+        yield from ((f"{name}.{matrix}", axes) for matrix, axes in MoE.matrices.items())
     for part, value in parts(module):
         yield from experts(value, f"{name}.{part}" if name else part)
 
@@ -215,8 +215,8 @@ def packed_form(model: Transformer, packing: Packing) -> Transformer:
     }
     leaves = tree.leaves(model)
     changes |= {
-        name: PackedMatrix(weight(leaves[name], packing.places[name]), ("expert", "whole", "whole"))
-        for name in experts(model)
+        name: PackedMatrix(weight(leaves[name], packing.places[name]), ("expert", *reversed(axes)))
+        for name, axes in experts(model)
     }
     ((leaf, place),) = head_place(model).items()
     changes["head"] = PackedMatrix(weight(leaves[leaf], place), ("vocab", "embed"))

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from maxstack.kernels.quantized_matmul import KINDS
-
+WEIGHTS = ("int8", "int4-g32", "int4-g128")
+"""Those of `kernels.quantized_matmul`, which takes jax along: whoever asks for --help need not wait for it."""
 KV = ("int8", "int4", "bfloat16", "float32")
 
 
@@ -46,7 +46,7 @@ def _model(group: Any) -> None:
     )
     add(
         "--weights",
-        choices=KINDS,
+        choices=WEIGHTS,
         help="hold the weights of linear layers in few bits (default: as they are)",
     )
     add("--dtype", choices=("bfloat16", "float32"), help="compute type (default: what suits the machine)")
@@ -62,7 +62,8 @@ def _sizes(group: Any) -> None:
     add = group.add_argument
     add("--kv", choices=KV, help="type of the cache's numbers; int8 holds twice the tokens of bfloat16")
     add("--tensor", type=positive, default=1, metavar="N",
-        help="devices of this machine that share the model (default 1); kv heads must divide by it")  # fmt: skip
+        help="devices that share the model (default 1), those of this machine or of all processes together; kv heads "
+        "must divide by it")  # fmt: skip
     add("--max-length", type=positive, metavar="N", help="tokens of prompt and answer together, at most")
     add("--rows", type=positive, metavar="N", help="requests worked on at once")
     add("--pages", type=positive, metavar="N", help="pages of the cache (default: what fits)")
@@ -71,6 +72,8 @@ def _sizes(group: Any) -> None:
         help="tokens guessed ahead and checked in one step, where it pays (default: none)")  # fmt: skip
     add("--draft-model", metavar="M",
         help="a small model with the same tokens that guesses instead (4 a step unless --drafts says)")  # fmt: skip
+    add("--invariant", action="store_true",
+        help="answers are the same to the last bit in any company, which costs speed where XLA computes")  # fmt: skip
     add("--compile-only", action="store_true",
         help="fill the cache of compiled programs, so that the next start is fast, and leave")  # fmt: skip
 
@@ -80,6 +83,8 @@ def _network(group: Any) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine alone)")
     add("--port", type=port_of, default=8000, help="0 for any that is free (default %(default)s)")
     add("--grpc-port", type=port_of, metavar="PORT", help="also serve gRPC there (default: not)")
+    add("--tls-cert", type=Path, metavar="FILE", help="speak TLS with this certificate (PEM, with its chain)")
+    add("--tls-key", type=Path, metavar="FILE", help="the certificate's key (PEM, without a password)")
     add("--api-key-file", type=Path, metavar="FILE", help="keys, one a line; without any, everybody may ask")
     add("--management-key-file", type=Path, metavar="FILE",
         help="the key of /manage/… (adapters, weights, drain, profile), which are off without it")  # fmt: skip

@@ -3,6 +3,7 @@
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Tokens
 from heapq import heappush
 from operator import attrgetter
 from typing import NamedTuple
@@ -70,6 +71,11 @@ class Books:
     @staticmethod
     def _count(numbers: dict[str, int], label: str) -> None:
         numbers[label] = numbers.get(label, 0) + 1
+
+    def _text(self, sequence: Sequence) -> Tokens[int]:
+        """The tokens that it reads, and that pages are shared by: all that are known, or, in invariant mode, its
+        prompt, for keys and values that decode steps make are rounded otherwise than those of chunks."""
+        return sequence.request.prompt if self.limits.invariant else sequence.tokens
 
     def _pages_for(self, positions: int) -> int:
         return -(-positions // self.limits.page)
@@ -140,10 +146,11 @@ class Books:
         size = self.limits.page
         if not self.limits.prefix_cache or sequence.named < 0:
             return
-        full = sequence.settled // size
+        text = self._text(sequence)
+        full = min(sequence.settled, len(text)) // size
         if full <= sequence.named:
             return
-        self.prefix.lengthen(sequence.keys, sequence.salt, sequence.tokens)
+        self.prefix.lengthen(sequence.keys, sequence.salt, text)
         while sequence.named < full:
             i = sequence.named
             key = sequence.keys[i]
@@ -153,7 +160,7 @@ class Books:
                 key,
                 sequence.node,
                 sequence.salt,
-                sequence.tokens[i * size : (i + 1) * size],
+                text[i * size : (i + 1) * size],
                 sequence.pages[i],
             )
             if sequence.node is None:  # nothing after it could be found

@@ -1,5 +1,6 @@
 """`maxstack serve --model M`: a model behind OpenAI's interface, watched, and ended in good order."""
 
+import gc
 import importlib.util
 from collections.abc import Sequence
 
@@ -17,7 +18,12 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"maxstack serve needs {', '.join(missing)}: pip install 'maxstack[serve]'")
     if args.log_prompts and args.log_file is None:
         raise UserError("--log-prompts says what the log holds: say where it is, with --log-file FILE")
-    # Not before: --help and what is refused above come at once.
-    from maxstack.serve.run import run
+    # Little of what a start makes is garbage, and looking for it takes a tenth of its time: not before it is ready.
+    gc.disable()
+    try:
+        # Not before: --help and what is refused above come at once.
+        from maxstack.serve.run import run
 
-    return run(args)
+        return run(args)
+    finally:
+        gc.enable()

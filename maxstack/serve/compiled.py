@@ -25,15 +25,15 @@ class Compiled:
         self._mesh = mesh
         self._wanted: dict[Any, tuple[Any, tuple]] = {}
         self._compiled: dict[Any, Any] = {}
+        self.shapes: dict[Any, tuple] = {}
+        """Of each program's arguments."""
 
     def add(
         self, key: Any, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
     ) -> None:
         """Want `function` compiled for (trees of) arrays or shapes like `arguments`."""
-        self._wanted[key] = (
-            jax.jit(function, donate_argnums=donate),
-            jax.tree.map(shape_of, arguments),
-        )
+        self.shapes[key] = jax.tree.map(shape_of, arguments)
+        self._wanted[key] = jax.jit(function, donate_argnums=donate), self.shapes[key]
 
     def gives(self, key: Any) -> Any:
         """The shapes of what a wanted program returns."""

@@ -42,20 +42,27 @@ class Cost:
     """Rates that are reached, not the peaks."""
     step_s: int | float = 0.0
     """What every step takes besides."""
+    bytes_a_token: int | float = 0.0
+    """What each token of a step moves besides: its key and value written, its activations and logits."""
+    seconds_a_token: int | float = 0.0
+    """What it takes besides, to travel between chips."""
 
     def seconds(self, plan: Plan) -> float:
         """Time of a plan: each of its steps reads the weights, the keys and values of its rows, and no others."""
         total = 0.0
         for step in range(max(plan.steps, 1)):
             lengths = [decode.length + step for decode in plan.decodes if step < decode.count]
-            tokens, keys, pairs = len(plan.decodes), sum(lengths), sum(lengths)
+            # Guesses are checked with the token before them: its row's keys are read once for all.
+            each = 1 + plan.drafts
+            tokens, keys, pairs = each * len(plan.decodes), sum(lengths), each * sum(lengths)
             if step == 0 and plan.chunk_shape is not None:
                 tokens += places(plan.chunk_shape)
                 keys += sum(chunk.end for chunk in plan.chunks)
                 pairs += sum(chunk.count * (chunk.start + chunk.end) // 2 for chunk in plan.chunks)
-            read = self.weight_bytes + keys * self.kv_bytes_a_token
+            read = self.weight_bytes + keys * self.kv_bytes_a_token + tokens * self.bytes_a_token
             flops = tokens * self.flops_a_token + pairs * self.attention_flops_a_pair
-            total += max(read / self.bytes_a_second, flops / self.flops_a_second) + self.step_s
+            total += max(read / self.bytes_a_second, flops / self.flops_a_second)
+            total += self.step_s + tokens * self.seconds_a_token
         return total
 
 

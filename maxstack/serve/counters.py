@@ -98,6 +98,8 @@ class Counters:
     """Tokens whose keys and values steps that decode have read, counted by the rows' lengths when they were planned."""
     plan_tokens_dropped: int = 0
     """Tokens computed for sequences that had ended by then, or were given up."""
+    replayed_tokens: int = 0
+    """Tokens that rows said again after a preemption, in invariant mode."""
     chunk_padding_tokens: int = 0
     """Of the tokens of chunks, those that were padding."""
     prefix_cache_collisions: int = 0

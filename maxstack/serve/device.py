@@ -15,15 +15,18 @@ import numpy as np
 
 from maxstack.kernels.paged_attention import PageType
 from maxstack.models import adapters
+from maxstack.models.generation.matrix import native
 from maxstack.models.generation.params import SamplingParams, row_settings
 from maxstack.models.paged.forward import Chunk as Tokens
 from maxstack.models.paged.layer import cut
-from maxstack.models.paged.pools import init_pools
+from maxstack.models.paged.pools import init_pools, untouched_pools
 from maxstack.models.transformer import TransformerConfig
 from maxstack.serve import drafts, programs, rooms, speculation
 from maxstack.serve.compiled import Compiled, shape_of
 from maxstack.serve.constrain.matching import Matching
 from maxstack.serve.drafter import Drafter
+from maxstack.serve.hosts.calls import Calls
+from maxstack.serve.hosts.leader import Leader, in_step
 from maxstack.serve.plan import Chunk, Limits, Plan, Shape, Start
 from maxstack.serve.programs import (
     Form,
@@ -32,6 +35,7 @@ from maxstack.serve.programs import (
     Told,
     Weights,
 )
+from maxstack.serve.replay import Replays
 from maxstack.serve.results import Found, Launched, results
 from maxstack.sharding import mesh_of
 
@@ -41,6 +45,8 @@ MASKS = 8
 """Rows whose masks are written at once, so that one program does for all."""
 GUESSED = 128
 """Places of a step with guesses at most: with more rows a device has enough to do without."""
+HELD = 3
+"""Arguments of a step's program that the device holds: weights, pools and rows."""
 NEUTRAL = SamplingParams(temperature=0.0)
 
 
@@ -71,8 +77,9 @@ NOBODY = Asked(NEUTRAL, ())
 class Device:
     """Weights, pools and rows of one model. Used by one thread."""
 
-    _pools: Any
-    _state: Any
+    _pools: Any = None
+    _state: Any = None
+    _leader: Leader | None = None
 
     def __init__(
         self, config: TransformerConfig, form: Form, weights: Weights, limits: Limits, kv_dtype: PageType,
@@ -88,12 +95,16 @@ class Device:
         mesh = mesh_of(weights)
         self._programs = Compiled(mesh)
         self.buckets = buckets_up_to(limits.rows) if buckets is None else tuple(sorted(buckets))
+        self._replays = None
+        if limits.invariant:
+            self.buckets, self._replays = (limits.rows,), Replays(limits.rows + 1)
         self.guessing = tuple(b for b in self.buckets if b * (1 + limits.drafts) <= GUESSED)
         """Numbers of rows that steps with guesses are compiled for, where there are any."""
         settings = row_settings([NEUTRAL], config.vocab_size)
 
         def empty():
-            pools = init_pools(config, limits.pages, limits.page, kv_dtype)
+            make = untouched_pools if mesh is None and native() else init_pools
+            pools = make(config, limits.pages, limits.page, kv_dtype)
             history = limits.max_length + 1 if limits.drafts else 0
             guesses = limits.drafts if drafter is not None else 0
             rows = programs.empty_rows(limits.rows + 1, config.vocab_size, settings, history, guesses)
@@ -105,11 +116,8 @@ class Device:
 
     def reset(self) -> None:
         """Empty pools and rows: at the start, and when a failed step has taken them along."""
-        self._pools = self._state = None  # their memory first
-        self._pools, self._state = self._programs["empty"]()
+        self._do("empty")
         self._table[:] = -1
-        if self._drafter is not None:
-            self._drafter.reset()
 
     def warm_up(self, told: Callable[[int, int], None] | None = None) -> None:
         """Compile every program that `launch` may want; `told` hears how many are done, and of how many."""
@@ -163,6 +171,54 @@ class Device:
             (*key, "keep"), partial(keep, form), pools, state, example, said, written, donate=(0, 1)
         )
 
+    def _do(self, key: Any, *given: Any) -> Any:
+        """A call that changes what the device holds, here and wherever else the model lies. What has been told and then
+        fails leaves no way to know what others have done."""
+        if self._leader is None:
+            return self.call(key, given)
+        self._leader.tell(key, given)
+        with in_step():
+            return self.call(key, given)
+
+    def call(self, key: Any, given: tuple) -> Any:
+        """A program, on what the device holds and what the host gives it; what it says, if anything."""
+        table, state = self._programs, self._state
+        match key:
+            case "empty":
+                self._pools = self._state = state = None  # their memory first
+                self._pools, self._state = table[key]()
+                if self._drafter is not None:
+                    self._drafter.reset()
+            case "adapter":
+                self.weights = self.leaves, table[key](self.weights[1], *given)
+            case "seat":
+                self._state = table[key](state, *given)
+            case "recall":
+                self._state = state._replace(drafting=table[key](state.drafting, *given))
+            case "allow":
+                self._state = state._replace(allowed_rw=table[key](state.allowed_rw, *given))
+            case ("guess", bucket) if self._drafter is not None:
+                self._state = self._drafter.guess(table, bucket, state, *given)
+                return self._run(key, *given)
+            case ("chunk", *shape) if self._drafter is not None:
+                said = self._run(key, *given)
+                self._drafter.read(table, tuple(shape), given[0].chunk)
+                return said
+            case _:
+                return self._run(key, *given)
+        return None
+
+    def calls(self) -> Calls:
+        """What `call` may be asked for."""
+        held = {"empty": 0, "adapter": 1, "seat": 1, "recall": 1, "allow": 1}
+        own = [key for key in self._programs if key in held or key[0] in ("chunk", "decode", "guess")]
+        return Calls({key: self._programs.shapes[key][held.get(key, HELD) :] for key in own})
+
+    def lead(self, leader: Leader) -> None:
+        """From here on others are told of each call; waits until they are ready. Once all is compiled."""
+        leader.wait(self.calls())
+        self._leader = leader
+
     def _run(self, key: Any, given: Any) -> Any:
         """What a step has to say; pools and rows move on."""
         if self._form.keep is None:
@@ -184,8 +240,7 @@ class Device:
 
     def put_adapter(self, slot: int, fitted: Any) -> None:
         """Put an adapter in a place, counted from 0."""
-        leaves, room = self.weights
-        self.weights = leaves, self._programs["adapter"](room, np.int32(slot), fitted)
+        self._do("adapter", np.int32(slot), fitted)
 
     @property
     def leaves(self) -> list[jax.Array]:
@@ -207,27 +262,22 @@ class Device:
         launched = Launched(plan)
         if plan.chunk_shape is not None:
             given = self._prompts(plan.chunks, plan.chunk_shape)
-            launched.chunks = self._run(("chunk", *plan.chunk_shape), given)
+            launched.chunks = self._do(("chunk", *plan.chunk_shape), given)
             _hurry(launched.chunks[0])
-            if self._drafter is not None:
-                self._drafter.read(self._programs, plan.chunk_shape, given.chunk)
         if plan.decodes:
             kind, given = ("guess" if plan.drafts else "decode"), self._decoding(plan)
             for step in range(plan.steps):
-                said = self._decode(kind, len(given[0]), self._steps(*given, step))
+                said = self._do((kind, len(given[0])), self._steps(*given, step))
                 _hurry(said)
                 launched.steps.append(said)
         return launched
 
-    def _decode(self, kind: str, bucket: int, steps: Steps) -> Told:
-        """A step of some rows, with guesses or without."""
-        if kind == "guess" and self._drafter is not None:
-            self._state = self._drafter.guess(self._programs, bucket, self._state, steps)
-        return self._run((kind, bucket), steps)
-
     def results(self, launched: Launched) -> Found:
         """What the plan gave; waits for it."""
-        return results(launched)
+        if self._leader is None:
+            return results(launched)
+        with in_step():
+            return results(launched)
 
     def costs(self) -> dict[int, float]:
         """The time of a step with guesses over that of one without, by number of rows."""
@@ -241,7 +291,7 @@ class Device:
         times = []
         for _ in range(4):
             began = time.perf_counter()
-            jax.block_until_ready(self._decode(kind, bucket, self._nobodys_steps(bucket)))
+            jax.block_until_ready(self._do((kind, bucket), self._nobodys_steps(bucket)))
             jax.block_until_ready(self._state)
             times.append(time.perf_counter() - began)
         return min(times[1:])
@@ -249,20 +299,23 @@ class Device:
     def _seat(self, start: Start) -> None:
         """A row gets a request."""
         asked: Asked = start.request.params
-        self._generated[start.row] = len(start.tokens)
+        # What is said again counts as it is said, as it did the first time.
+        before = start.tokens if self._replays is None else ()
+        self._generated[start.row] = len(before)
+        if self._replays is not None:
+            self._replays.seat(start)
         if self._adapters is not None:
             self._adapters[start.row] = asked.adapter
         if self.limits.drafts:
             known = (*start.request.prompt, *start.tokens)
             row = arrays.zeros(self.limits.max_length + 1, np.int32)
             row[: len(known)] = known
-            drafting = self._programs["recall"](self._state.drafting, np.int32(start.row), row)
-            self._state = self._state._replace(drafting=drafting)
+            self._do("recall", np.int32(start.row), row)
         if asked.penalised:
             prompt_v, counts_v = self._nothing_seen()
             prompt_v[list(start.request.prompt)] = True
-            np.add.at(counts_v, list(start.tokens), 1)
-            self._state = self._programs["seat"](self._state, np.int32(start.row), prompt_v, counts_v)
+            np.add.at(counts_v, list(before), 1)
+            self._do("seat", np.int32(start.row), prompt_v, counts_v)
 
     def _allow(self, plan: Plan) -> None:
         """Which tokens bound rows may say in this plan. Few are, in most plans none."""
@@ -273,8 +326,7 @@ class Device:
             rows, words = self._nobody_bound()
             for j, (row, matching) in enumerate(bound[i : i + MASKS]):
                 rows[j], words[j] = row, matching.words_w
-            allowed = self._programs["allow"](self._state.allowed_rw, rows, words)
-            self._state = self._state._replace(allowed_rw=allowed)
+            self._do("allow", rows, words)
 
     def _nobody_bound(self) -> tuple[Any, Any]:
         """Nobody's row, and its words, as often as masks are written at once."""
@@ -284,9 +336,9 @@ class Device:
     def _nothing_seen(self) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(self.config.vocab_size, bool), np.zeros(self.config.vocab_size, np.int32)
 
-    def _decoding(self, plan: Plan) -> tuple[Any, Any, Any]:
+    def _decoding(self, plan: Plan) -> tuple[Any, Any, Any, Any]:
         """Rows of a bucket, filled up with nobody's, how many steps each takes part in (with guesses: tokens it may
-        gain), and the positions that its pages cover."""
+        gain), the positions that its pages cover, and, by step, what it says again."""
         count, buckets = len(plan.decodes), self.guessing if plan.drafts else self.buckets
         bucket = next(size for size in buckets if size >= count)
         rows, counts = arrays.full(bucket, self.limits.rows, np.int32), arrays.zeros(bucket, np.int32)
@@ -294,15 +346,19 @@ class Device:
         rows[:count] = [decode.row for decode in plan.decodes]
         counts[:count] = [decode.count for decode in plan.decodes]
         bounds[:count] = [decode.length + decode.count - 1 for decode in plan.decodes]
-        return rows, counts, bounds
+        known = None if self._replays is None else self._replays.of_steps(plan, bucket)
+        return rows, counts, bounds, known
 
-    def _steps(self, rows: Any, counts: Any, bounds: Any, step: int) -> Steps:
+    def _steps(self, rows: Any, counts: Any, bounds: Any, known: Any, step: int) -> Steps:
         bounds = bounds if self.limits.drafts else None
-        return Steps(rows, self._table[rows], counts, arrays.int32(step), self._adapters_of(rows), bounds)
+        known = None if known is None else known[step]
+        return Steps(
+            rows, self._table[rows], counts, arrays.int32(step), self._adapters_of(rows), bounds, known
+        )
 
     def _nobodys_steps(self, bucket: int) -> Steps:
         rows, nothing = arrays.full(bucket, self.limits.rows, np.int32), arrays.zeros(bucket, np.int32)
-        return self._steps(rows, nothing, nothing, 0)
+        return self._steps(rows, nothing, nothing, None if self._replays is None else nothing[None], 0)
 
     def _adapters_of(self, rows: Any) -> Any:
         return None if self._adapters is None else self._adapters[rows]
@@ -333,7 +389,10 @@ class Device:
             documents.tolist(),
         )
         chunk = Tokens(tokens, self._table[rows], lengths, counts, documents, self._adapters_of(rows))
-        return Prompts(rows, chunk, last, left, settings, bound, following, pooled, packed(shape, chunks))
+        known = None if self._replays is None else self._replays.of_chunks(chunks, b)
+        return Prompts(
+            rows, chunk, last, left, settings, bound, following, pooled, packed(shape, chunks), known
+        )
 
 
 def packed(shape: Shape, chunks: Sequence[Chunk]) -> Any:

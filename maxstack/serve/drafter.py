@@ -19,6 +19,7 @@ from maxstack.config import UserError
 from maxstack.kernels.paged_attention import PageType
 from maxstack.models.generation.sampling import choose
 from maxstack.models.paged.forward import Chunk
+from maxstack.models.paged.layer import cut
 from maxstack.models.paged.pools import Pools, init_pools
 from maxstack.models.transformer import Transformer, TransformerConfig
 from maxstack.serve.compiled import Compiled
@@ -26,7 +27,7 @@ from maxstack.serve.drafts import Drafting
 from maxstack.serve.forms import form_for
 from maxstack.serve.plan import Limits, Shape
 from maxstack.serve.programs import Form, RowState, Steps
-from maxstack.sharding import mesh_of
+from maxstack.sharding import mesh_of, on_mesh
 
 
 class Drafter:
@@ -42,9 +43,10 @@ class Drafter:
                 f"the draft model knows {model.config.vocab_size} tokens, the model {config.vocab_size}: its guesses "
                 "must be tokens of the model"
             )
-        if large_mesh is not None or mesh_of(model) is not None:
+        if (mesh := mesh_of(model)) != large_mesh:
             raise UserError(
-                "a draft model is not served on several devices yet: leave it out, or serve on one"
+                f"the draft model lies on {devices_of(mesh)}, the model on {devices_of(large_mesh)}: load both for the "
+                "same mesh"
             )
         if not limits.drafts:
             raise UserError(
@@ -53,9 +55,13 @@ class Drafter:
         self._form, self.weights = form_for(model, on)
         self._most = limits.drafts
         self._pools: Any = None
-        self._empty = (
-            jax.jit(lambda: init_pools(model.config, limits.pages, limits.page, kv_dtype)).lower().compile()
-        )
+
+        def empty() -> Pools:
+            pools = init_pools(model.config, limits.pages, limits.page, kv_dtype)
+            return pools if mesh is None else cut(pools)
+
+        with on_mesh(mesh):
+            self._empty = jax.jit(empty).lower().compile()
         self.reset()
 
     def reset(self) -> None:
@@ -109,6 +115,11 @@ class Drafter:
             self._pools = table["draft", bucket, "keep"](self._pools, written, *given)
             drafting = new
         return state._replace(drafting=drafting)
+
+
+def devices_of(mesh: Mesh | None) -> str:
+    """For a message."""
+    return "one device" if mesh is None else f"{mesh.size} devices {dict(mesh.shape)}"
 
 
 def read_on(form: Form, weights: Any, pools: Pools, chunk: Chunk) -> Any:

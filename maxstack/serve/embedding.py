@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from maxstack.config import UserError
 from maxstack.models.generation.params import SamplingParams
-from maxstack.serve.errors import RequestFailed
+from maxstack.serve.errors import Unfinished
 
 if TYPE_CHECKING:
     from maxstack.serve.engine import AsyncEngine, Prompt
@@ -98,6 +98,7 @@ async def embed(engine: "AsyncEngine", prompt: "Prompt", pooling: str = "mean", 
     finally:
         engine.abort(stream.id)
     if output.finish_reason != "length" or stream.answer.pool is None:
-        raise RequestFailed(f"the text was not read to its end: {output.finish_reason}")
+        reason = output.finish_reason
+        raise Unfinished(f"the text was not read to its end: {reason}", reason)
     tokens = len(output.prompt_token_ids)
     return Embedding(stream.answer.pool.vector(tokens), tokens)

@@ -1,6 +1,7 @@
 """A model that answers many at once, for async code; `blocking.Engine` is for any other."""
 
 import asyncio
+import dataclasses
 import itertools
 import threading
 import time
@@ -28,7 +29,10 @@ from maxstack.serve.drafter import Drafter
 from maxstack.serve.embedding import Embedding, Pool, embed
 from maxstack.serve.errors import EngineDead
 from maxstack.serve.forms import form_for
-from maxstack.serve.loop import Loop, News, Progress
+from maxstack.serve.hosts.leader import Leader
+from maxstack.serve.invariant import check_rows, needed
+from maxstack.serve.loop import Loop
+from maxstack.serve.news import News, Progress
 from maxstack.serve.output import Answer, Delta, Output
 from maxstack.serve.pace import Pace
 from maxstack.serve.plan import Limits
@@ -61,6 +65,9 @@ class AsyncEngine:
         buckets: Sequence[int] | None = None,
         adapters: AdapterSlots | None = None,
         draft: Transformer | None = None,
+        invariant: bool = False,
+        leader: Leader | None = None,
+        use_up: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         """`limits` are by default what fits this machine; `kv_dtype` is the type of the cache's numbers, by default
@@ -68,12 +75,18 @@ class AsyncEngine:
         whose form of the programs is used: that at hand, unless told otherwise. `buckets` are the numbers of rows that
         decode steps are compiled for, by default powers of two and all rows. `adapters` is the room for adapters:
         none by default, and then they cost nothing. With `limits.drafts` tokens are guessed, from what a row has said,
-        or by the small model `draft`."""
+        or by the small model `draft`. `invariant` makes answers the same to the last bit in any company: where C++ does
+        so anyhow it changes nothing, elsewhere it sets `Limits.invariant`, and `buckets` are not used. `leader` has
+        links to processes that hold their parts of the model; the engine ends with them. `use_up` lets the
+        model's own arrays be deleted where the engine has a copy."""
         self.config, self.tokenizer = model.config, tokenizer
         kv_dtype = model.config.dtype if kv_dtype is None else kv_dtype
-        self.limits = limits_for(model, kv_dtype, on, draft) if limits is None else limits
+        invariant = invariant and needed(model, on, adapters)
+        self.limits = limits_for(model, kv_dtype, on, draft, invariant) if limits is None else limits
+        if invariant:
+            self.limits = dataclasses.replace(self.limits, invariant=True)
         self.on = on
-        form, weights = form_for(model, on, adapters)
+        form, weights = form_for(model, on, adapters, use_up)
         drafter = (
             None if draft is None else Drafter(draft, model.config, self.limits, kv_dtype, on, mesh_of(model))
         )
@@ -81,6 +94,10 @@ class AsyncEngine:
         self._loop = Loop(device, Scheduler(self.limits), self._deliver, clock)
         self.adapters = Adapters(adapters, model.config, rooms.names(model, adapters), self._put_adapter)
         """Loads and unloads adapters by name."""
+        self._leader = leader
+        if leader is not None:
+            leader.say_limits(dataclasses.asdict(self.limits))
+            leader.on_lost = lambda why: self._loop.fail(EngineDead(why))
         self._thread = threading.Thread(target=self._loop.run, name="maxstack-engine", daemon=True)
         self._clock, self._numbers = clock, itertools.count()
         self._open: dict[str, Stream] = {}
@@ -94,6 +111,10 @@ class AsyncEngine:
         how many programs are compiled, and of how many."""
         if not self._thread.ident:
             self._loop.device.warm_up(told)
+            if self._leader is not None:
+                self._loop.device.lead(self._leader)
+            if self.limits.invariant:
+                check_rows(self._loop.device)
             if self.limits.drafts:
                 pace = self._loop.pace = Pace(self.limits.drafts, self._loop.device.costs())
                 self._loop.scheduler.drafting = pace.drafts_for
@@ -184,6 +205,10 @@ class AsyncEngine:
 
     async def swap_weights(self, model: Transformer, within_s: float | None = None) -> None:
         """Serve other weights of the same shapes: requests that have begun finish on the old ones, others wait."""
+        if self._leader is not None:
+            raise UserError(
+                "weights are not exchanged where several processes hold them: start the server again"
+            )
         self.warm_up()
         await swapping.swap_weights(self, model, within_s)
 
@@ -283,6 +308,8 @@ class AsyncEngine:
         self._loop.stop()
         if self._thread.ident and self._thread is not threading.current_thread():
             self._thread.join()
+        if self._leader is not None:
+            self._leader.end()
 
     def _deliver(self, news: list[News]) -> None:
         """Called by the engine's thread: news to the event loops of those who asked, one call for all of a loop's."""

@@ -7,17 +7,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from maxstack.serve.compiled import Compilations
 from maxstack.serve.constrain.matching import Matching
 from maxstack.serve.device import Device
-from maxstack.serve.embedding import Part
-from maxstack.serve.errors import ConstraintFailed, EngineDead, NotFinite, RequestFailed, StepFailed
+from maxstack.serve.errors import ConstraintFailed, EngineDead, RequestFailed
+from maxstack.serve.news import News, Progress, failure
 from maxstack.serve.pace import Pace
 from maxstack.serve.request import Event, Full, Refused, Request
-from maxstack.serve.results import Found, Launched, Logprobs
+from maxstack.serve.results import Found, Launched
 from maxstack.serve.scheduler import Scheduler
 from maxstack.serve.swapping import Swap, SwapFailed
 
@@ -27,45 +26,6 @@ log = logging.getLogger(__name__)
 STEP_ERRORS = (RuntimeError, ValueError, MemoryError, OSError)
 NAP_S = 0.01
 """Wait before asking the scheduler again when it has work but nothing to run."""
-
-
-@dataclass(
-    slots=True
-)  # not frozen: that costs more than all the rest of making one, and there is one a token
-class News:
-    """What there is to tell of a request."""
-
-    id: str
-    tokens: tuple[int, ...] = ()
-    logprobs: list[Logprobs] | None = None
-    prompt: tuple[int, list[Logprobs]] | None = None
-    """A position of the prompt, and log-probabilities of its tokens from there on."""
-    pooled: Part | None = None
-    """What a chunk of the prompt adds to its embedding."""
-    finish: str | None = None
-    error: Exception | None = None
-    cached: int = 0
-    admitted: int | float | None = None
-    """When it was given a row, on the engine's clock; None before."""
-
-
-@dataclass
-class Progress:
-    """For a watchdog, which may read it from any thread."""
-
-    steps: int = 0
-    """Plans that are done."""
-    busy_since: float | None = None
-    """When the device was last given work or gave results, while there is some under way; None when it rests."""
-    busy_s: float = 0.0
-    """Seconds that the device has had work, up to the last result."""
-    failed: int = 0
-    """Steps that failed since the last one that did not."""
-
-    def stuck_for(self, now: float) -> float:
-        """Seconds that the device has been busy without a result; 0 when it rests."""
-        since = self.busy_since
-        return 0.0 if since is None else max(0.0, now - since)
 
 
 class Loop:
@@ -160,6 +120,12 @@ class Loop:
         self._stopped.set()
         self._inbox.put(None)
 
+    def fail(self, error: Exception) -> None:
+        """End for a reason that the engine's thread may never learn, as it waits for the device. Any thread."""
+        self.dead = self.dead or error
+        self.stop()
+        self._deliver([News(request_id, finish="error", error=error) for request_id in list(self._known)])
+
     def run(self) -> None:
         """Work until stopped."""
         error: BaseException = EngineDead("the engine was closed")
@@ -173,8 +139,8 @@ class Loop:
             error = EngineDead(f"the engine has stopped: {type(fault).__name__}: {fault}")
             raise
         finally:
-            self.dead = error
-            self._answer_all(error)
+            self.dead = self.dead or error
+            self._answer_all(self.dead)
 
     def turn(self) -> bool:
         """Take in what came, launch a plan, collect the results of the oldest; False if there was nothing to do."""
@@ -248,7 +214,7 @@ class Loop:
             error = self._error(event) if event.finish == "error" else None
             logprobs = found.logprobs.get(event.id)
             if logprobs is not None:
-                logprobs = logprobs[: len(event.tokens)]
+                logprobs = logprobs[len(logprobs) - len(event.tokens) :]  # those said again come first
             prompt, pooled = found.prompts.pop(event.id, None), found.pooled.pop(event.id, None)
             told.append(
                 News(
@@ -335,9 +301,3 @@ def copied(error: BaseException | None, future: "Future[None]") -> None:
     """Let a future fail as another one did, if it did."""
     if error is not None:
         future.set_exception(error)
-
-
-def failure(text: str | None) -> RequestFailed:
-    """The error of a request that the scheduler ended with one."""
-    said = text or "the request failed"
-    return NotFinite(said) if "finite" in said else StepFailed(said)

@@ -7,7 +7,7 @@ from maxstack.data.tokenizer import Tokenizer
 from maxstack.models.generation.output import Row, TokenLogprobs
 from maxstack.models.generation.params import SamplingParams
 from maxstack.serve.embedding import Pool
-from maxstack.serve.loop import News
+from maxstack.serve.news import News
 from maxstack.serve.results import Logprobs
 
 

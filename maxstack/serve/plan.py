@@ -43,6 +43,10 @@ class Limits:
     retries: int = 1
     """Times that a request is started again after the device lost the cache."""
     prefix_cache: bool = True
+    invariant: bool = False
+    """A token is always computed in one way, so that its rounding does not depend on company or history: prompts by
+    chunks of one shape, which begin at multiples of its length, answers by decode steps of one shape, and both so again
+    when they are computed again."""
 
     def __post_init__(self):
         for name in ("rows", "page", "pages", "max_length", "ahead", "waiting"):
@@ -59,6 +63,8 @@ class Limits:
                 f"limits: chunks {self.chunks} must be pairs (rows, tokens) or triples (rows, tokens, tokens of all), "
                 "of 1 or more"
             )
+        if self.invariant:
+            self._check_invariant()
         decodes = self.rows * (1 + self.drafts)
         smallest = min(map(places, self.chunks))
         if decodes + smallest > self.tokens_a_step:
@@ -66,6 +72,30 @@ class Limits:
                 f"limits: {self.rows} rows of {1 + self.drafts} tokens and the smallest chunk, {smallest} tokens, are "
                 f"more than the {self.tokens_a_step} tokens of a step: new requests could wait for ever"
             )
+
+    def _check_invariant(self) -> None:
+        """Raises ValueError for sizes with which a token could be computed in several ways."""
+        if self.drafts:
+            raise ValueError(
+                f"limits: drafts {self.drafts} in invariant mode: guesses are read in steps of another shape, which "
+                "rounds differently; leave one of them out"
+            )
+        if len(self.chunks) != 1 or len(self.chunks[0]) != 2:
+            raise ValueError(
+                f"limits: chunks {self.chunks} in invariant mode: all prompts are read in one shape, so give one pair "
+                "(rows, tokens)"
+            )
+        tokens = self.chunks[0][1]
+        if tokens % self.page and self.page % tokens:
+            raise ValueError(
+                f"limits: chunks of {tokens} tokens and pages of {self.page} in invariant mode: one must be a multiple "
+                "of the other, for pages are shared that whole chunks have filled"
+            )
+
+    @property
+    def pages_at_once(self) -> int:
+        """Pages of a prompt that are shared together or not at all: those of a chunk in invariant mode."""
+        return max(1, self.chunks[0][1] // self.page) if self.invariant else 1
 
     @property
     def table_width(self) -> int:
@@ -84,7 +114,8 @@ class Start(NamedTuple):
     row: int
     request: Request
     tokens: tuple[int, ...]
-    """Generated before, by a sequence that was preempted: penalties count them, the row reads them like a prompt."""
+    """Generated before, by a sequence that was preempted: penalties count them, the row reads them like a prompt. In
+    invariant mode it says them again, one a step, whatever it would draw."""
     cached: int
     """Positions that the pages hold already, a multiple of the page."""
 
@@ -105,7 +136,7 @@ class Chunk:
     start: int
     tokens: tuple[int, ...]
     last: bool
-    """The row has no further known token: the next one is sampled, unless the request asks for none."""
+    """The row has no further token to read: the next one is sampled, unless the request asks for none."""
 
     @property
     def count(self) -> int:

@@ -87,26 +87,25 @@ class Planning(Books):
 
     def _known(self, sequence: Sequence) -> list[Node] | None:
         """Pages that the prefix cache has for it; None if an earlier request is about to add the next one."""
-        request, limits = sequence.request, self.limits
+        request, limits, text = sequence.request, self.limits, self._text(sequence)
         if not limits.prefix_cache:
             return []
         if not request.use_cache:  # others may still wait for its pages
-            self.prefix.lengthen(sequence.keys, sequence.salt, sequence.tokens)
+            self.prefix.lengthen(sequence.keys, sequence.salt, text)
             return []
         if self._waits(sequence, sequence.waits_for):
             return None
-        self.prefix.lengthen(sequence.keys, sequence.salt, sequence.tokens)
-        most = (
-            len(sequence.tokens) - 1
-        ) // limits.page  # the last token is always computed: it gives the next one
-        found = self.prefix.match(sequence.keys, sequence.salt, sequence.tokens, most)
+        self.prefix.lengthen(sequence.keys, sequence.salt, text)
+        # The last token is always computed: it gives the next one.
+        most = whole((len(text) - 1) // limits.page, limits.pages_at_once)
+        found = self.prefix.match(sequence.keys, sequence.salt, text, most)
         sequence.waits_for = None
         if len(found) < most:
             key = sequence.keys[len(found)]
             if self._waits(sequence, key):
                 sequence.waits_for = key
                 return None
-        return found
+        return found[: whole(len(found), limits.pages_at_once)]
 
     def _waits(self, sequence: Sequence, key: bytes | None) -> bool:
         """Whether one that is earlier in order is about to fill the page of this key."""
@@ -136,7 +135,9 @@ class Planning(Books):
             return 0  # alone it fits, now or when the plans under way are done
         own = self._pages_for(len(sequence.tokens)) - len(found)
         woken = sum(not self.pages.refs[node.page] for node in found if node.page is not None)
-        soon = self._missing((other, other.target) for other in self._running if other.reading)
+        soon = self._missing(
+            (other, len(other.tokens)) for other in self._running if other.reading or other.replay
+        )
         return own + woken + soon + len(self._running) - self.pages.available
 
     def _place(self, sequence: Sequence, found: list[Node], now: int | float) -> None:
@@ -145,7 +146,8 @@ class Planning(Books):
         sequence.epoch += 1
         sequence.pending = 0
         sequence.fresh = sequence.dirty = True
-        sequence.target = len(sequence.tokens)
+        sequence.target = len(self._text(sequence))
+        sequence.replay = len(sequence.tokens) - sequence.target
         sequence.pages = [node.page for node in found if node.page is not None]
         for page in sequence.pages:
             self.pages.share(page)
@@ -178,6 +180,8 @@ class Planning(Books):
             end = min(sequence.target, sequence.computed + min(shape[1], left))
             self._grow(sequence, end, batch)
             count = min(end, len(sequence.pages) * self.limits.page) - sequence.computed
+            if self.limits.invariant and count < end - sequence.computed:
+                continue  # pages are missing, and a chunk that was cut would put the next ones elsewhere
             if count > 0:
                 batch.chunks[sequence] = count
                 left -= count
@@ -238,3 +242,8 @@ class Planning(Books):
         )
         self._under_way.append((plan, entries))
         return plan
+
+
+def whole(count: int, at_once: int) -> int:
+    """As many of `count` as come in whole lots."""
+    return count - count % at_once

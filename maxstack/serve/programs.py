@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from maxstack.models.generation.params import MOST_LOGPROBS, RowSettings
-from maxstack.models.generation.sampling import Allowed, Chosen, Seen, choose
+from maxstack.models.generation.sampling import NATIVE, PLAIN, Allowed, Chosen, Seen, choose
 from maxstack.models.paged.forward import Chunk
 from maxstack.models.paged.pools import Pools
 from maxstack.serve.drafts import Drafting, no_history, noted
@@ -58,6 +58,8 @@ class Steps(NamedTuple):
     """Each row's adapter, as in `Chunk`."""
     bounds_b: Int[Array, "b"] | None = None
     """With guesses: positions that the row's pages cover. `counts_b` are tokens then, not steps."""
+    known_b: Int[Array, "b"] | None = None
+    """In invariant mode: what the row says again whatever it would draw; -1 for nothing."""
 
 
 class Prompts(NamedTuple):
@@ -77,6 +79,8 @@ class Prompts(NamedTuple):
     """Whose hidden states are wanted, for an embedding."""
     packed_c: Int[Array, "c"] | None = None
     """Places of the grid [b, t] that are computed, one behind the other; its size for none. None: all of them."""
+    known_b: Int[Array, "b"] | None = None
+    """As in `Steps`."""
 
 
 class Told(NamedTuple):
@@ -153,6 +157,7 @@ def decode_read(form: Form, weights, pools: Pools, state: RowState, steps: Steps
     logits_bv = form.logits(weights, x_b1d)[:, 0]
     allowed = Allowed(state.bound_r[steps.rows_b], state.allowed_rw)
     chosen = choose(logits_bv, settings, state.seen, chunk.lengths_b + 1, steps.rows_b, allowed, form.by_row)
+    chosen = again(chosen, steps.known_b)
     return told(logits_bv, chosen, chunk.counts_b > 0, settings.ends), written
 
 
@@ -200,6 +205,7 @@ def prompts_read(
     chosen = choose(
         logits_bv, prompts.settings, state.seen, positions_b, prompts.rows_b, allowed, form.by_row
     )
+    chosen = again(chosen, prompts.known_b)
     said = told(logits_bv, chosen, prompts.last_b, jnp.asarray(prompts.settings.ends))
     return (said, read, pool(form, weights, x_btd, chunk.counts_b, prompts.pooled_b)), written
 
@@ -247,6 +253,13 @@ def unpacked(x_c: Array, packed_c: Int[Array, "c"], grid: tuple[int, ...]) -> Ar
     return empty.at[packed_c].set(x_c, mode="drop").reshape(*grid, *x_c.shape[1:])
 
 
+def again(chosen: Chosen, known_b: Int[Array, "b"] | None) -> Chosen:
+    """What was chosen, or what is known already where there is something."""
+    if known_b is None:
+        return chosen
+    return chosen._replace(tokens_b=jnp.where(known_b >= 0, known_b, chosen.tokens_b))
+
+
 def told(
     logits_bv: Float[Array, "b v"], chosen: Chosen, active_b: Bool[Array, "b"], ends_be: Int[Array, "b e"]
 ) -> Told:
@@ -277,11 +290,13 @@ def prompt_logprobs(
     """Log-probabilities of the tokens that follow; zeros, and no time, where nobody asks."""
     b, t = following_bt.shape
     most, block = MOST_LOGPROBS, min(LOGPROB_BLOCK, t)
+    sums = NATIVE if form.by_row else PLAIN
 
     def of_block(both: tuple[Array, Array]) -> Read:
         x_bcd, following_bc = both
         logits_bcv = form.logits(weights, x_bcd)
-        lse_bc = jax.nn.logsumexp(logits_bcv, -1)
+        rows_nv = logits_bcv.reshape(-1, logits_bcv.shape[-1])
+        lse_bc = sums.exponentials(rows_nv)[2].reshape(following_bc.shape)
         own = jnp.take_along_axis(logits_bcv, jnp.maximum(following_bc, 0)[..., None], -1)[..., 0] - lse_bc
         values, ids = jax.lax.top_k(logits_bcv, min(most, logits_bcv.shape[-1]))
         pad = ((0, 0), (0, 0), (0, most - values.shape[-1]))

@@ -15,13 +15,23 @@ from typing import Any
 from maxstack.config import UserError
 from maxstack.models.compiled_cache import use_compiled_cache
 from maxstack.serve.arguments import parser
-from maxstack.serve.assemble import Parts, settings_of
+from maxstack.serve.assemble import Parts
 from maxstack.serve.http.app import create_app
+from maxstack.serve.meaning import settings_of
 from maxstack.serve.operate.phases import Phases
 
 log = logging.getLogger(__name__)
 
-NOT_HERE = ("host", "port", "grpc_port", "compile_only", "drain_seconds", "allow_no_key")
+NOT_HERE = (
+    "host",
+    "port",
+    "grpc_port",
+    "compile_only",
+    "drain_seconds",
+    "allow_no_key",
+    "tls_cert",
+    "tls_key",
+)
 OURS = {"replicas": 1, "accelerators": 0, "cpus": 1, "most_under_way": 256, "drain_seconds": 120}
 """What Ray is told: replicas, GPUs and CPUs of each, requests that one is sent at once, seconds for them to finish."""
 

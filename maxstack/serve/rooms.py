@@ -24,6 +24,7 @@ from maxstack.models.adapters import (
 )
 from maxstack.models.generation.weights import Unstacked, with_parts
 from maxstack.models.transformer import Transformer, TransformerConfig
+from maxstack.sharding import mesh_of
 
 Room = list[dict[str, Factors]]
 """By layer, or by layer of each stack's pattern."""
@@ -71,10 +72,10 @@ def names(model: Transformer, slots: AdapterSlots | None) -> dict[tuple[int, int
 
 
 def beside_stacks(model: Transformer, slots: AdapterSlots) -> Room:
-    """Room for the scan."""
-    dtype = jnp.dtype(model.config.dtype)
+    """Room for the scan, on the mesh that the model lies on."""
+    dtype, mesh = jnp.dtype(model.config.dtype), mesh_of(model)
     found = zip(spots(model.config, stacked=True), layers_of(model), strict=True)
-    return [empty_factors(layer, slots, dtype, (len(spot.repeats),)) for spot, layer in found]
+    return [empty_factors(layer, slots, dtype, (len(spot.repeats),), mesh) for spot, layer in found]
 
 
 def beside_layers(model: Unstacked, slots: AdapterSlots) -> Room:

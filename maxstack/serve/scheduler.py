@@ -181,9 +181,13 @@ class Scheduler(Planning):
             self._finish(sequence, "error", now)
             self._tell(sequence, finish="error", error=result.error)
             return
-        sequence.tokens += result.tokens
-        if result.tokens:
-            time_tokens(self._counters, sequence, len(result.tokens), now)
+        again = min(sequence.replay, len(result.tokens))
+        sequence.replay -= again
+        self._counters.replayed_tokens += again
+        tokens = result.tokens[again:]
+        sequence.tokens += tokens
+        if tokens:
+            time_tokens(self._counters, sequence, len(tokens), now)
         if sequence.row is not None and len(sequence.tokens) > (sequence.named + 1) * self.limits.page:
             self._name_pages(sequence)
         finish = None
@@ -193,8 +197,8 @@ class Scheduler(Planning):
             finish = "length"
         if finish is not None:
             self._finish(sequence, finish, now)
-        if result.tokens or finish is not None:
-            self._tell(sequence, result.tokens, finish=finish)
+        if tokens or finish is not None:
+            self._tell(sequence, tokens, finish=finish)
 
     def lost(self, now: int | float, error: str) -> list[Event]:
         """A step failed, and with it went the cache that it was given: start again what was running.

@@ -9,13 +9,13 @@ class Sequence:
 
     First it reads: chunks bring `computed` up to `target`, all the tokens that were known when it got its row. Then it
     decodes: plans add up to `pending` tokens that the host has not seen yet. A preempted sequence gives up its pages
-    and reads again, its own tokens included.
+    and reads again, its own tokens included; in invariant mode it reads its prompt and says its own tokens again.
     """
 
     __slots__ = (
         "admitted", "cached", "computed", "dirty", "epoch", "finished", "first_token", "fresh", "keys", "last_plan",
-        "last_token", "losses", "named", "node", "order", "pages", "pending", "request", "row", "salt", "target",
-        "tokens", "waits_for",
+        "last_token", "losses", "named", "node", "order", "pages", "pending", "replay", "request", "row", "salt",
+        "target", "tokens", "waits_for",
     )  # fmt: skip
 
     def __init__(self, request: Request, order: tuple[float, int], salt: bytes):
@@ -29,6 +29,8 @@ class Sequence:
         self.computed = 0
         """While it reads: positions that are in the pages, or will be when the plans under way are done."""
         self.pending = 0
+        self.replay = 0
+        """The last so many of `tokens` are to come again, from the row that it has now."""
         self.last_plan = -1
         self.epoch = 0
         """Counts the rows it had: results of an earlier one are void."""
@@ -56,8 +58,8 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens at most, those not seen yet included."""
-        return len(self.tokens) + self.pending
+        """Tokens that the row has at most when the plans under way are done."""
+        return len(self.tokens) - self.replay + self.pending
 
     @property
     def reading(self) -> bool:
@@ -71,10 +73,10 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens that may still be planned."""
-        return self.request.max_tokens - self.generated - self.pending
+        """Tokens that may still be planned, those that come again included."""
+        return self.request.max_tokens - self.generated + self.replay - self.pending
 
     @property
     def settled(self) -> int:
         """Positions whose content is decided by tokens that the host knows."""
-        return self.computed if self.reading else max(self.computed, len(self.tokens) - 1)
+        return self.computed if self.reading else max(self.computed, len(self.tokens) - self.replay - 1)

@@ -137,6 +137,8 @@ class _Clients:
         self.rejected = 0
         self.answers: dict[str, int] = {}
         self.times: dict[str, Times] = {}
+        self.said: dict[str, int] = {}
+        """Tokens of each answer that the device has made."""
         self._asked: dict[str, Request] = {}
         self.coming: list[tuple[float, str]] = []  # a heap
         now = 0.0
@@ -174,6 +176,16 @@ class _Clients:
             self.times[name] = Times(request.arrived)
             del self._asked[name]
 
+    def gained(self, plan: Plan, accepted: float) -> int:
+        """Tokens that a row gains in a plan: one a step, and the guesses that come true."""
+        total = plan.steps
+        for _ in range(plan.steps if plan.drafts else 0):
+            guesses = 0
+            while guesses < plan.drafts and self.random.random() < accepted:
+                guesses += 1
+            total += guesses
+        return total
+
     def next_one(self, now: float) -> None:
         """A client got its answer and asks again."""
         if self.load.clients is not None and self.left:
@@ -181,14 +193,18 @@ class _Clients:
 
 
 def simulate(
-    limits: Limits, cost: Cost, load: Load, *, target: Target | None = None, host_s: float = 0.0
-) -> Report:
+    limits: Limits, cost: Cost, load: Load, *, target: Target | None = None, host_s: float = 0.0,
+    accepted: float | None = None,
+) -> Report:  # fmt: skip
     """Serve a load. `host_s` is the time the host takes to make a plan; with `Limits.ahead` 2 the device hides it.
 
-    Drafts are not modelled: raises ValueError for limits that have some.
+    With `Limits.drafts` a guess comes true with the chance `accepted`, if those before it did. They are made in no
+    time, and at every step: whether they pay is what the simulation tells. Raises ValueError without that chance.
     """
-    if limits.drafts:
-        raise ValueError(f"simulate: limits have {limits.drafts} drafts; how many come true is not modelled")
+    if limits.drafts and (accepted is None or not 0 <= accepted <= 1):
+        raise ValueError(
+            f"simulate: limits have {limits.drafts} drafts; accepted={accepted} must say how many come true (0 to 1)"
+        )
     scheduler, clients = Scheduler(limits), _Clients(load)
     under_way: deque[tuple[Plan, float]] = deque()
     now = free_at = busy = 0.0
@@ -204,7 +220,7 @@ def simulate(
         if under_way and (plan is None or len(under_way) == limits.ahead):
             plan, ends = under_way.popleft()
             now = max(now, ends)
-            for event in scheduler.done(plan, _results(plan, clients.answers), now):
+            for event in scheduler.done(plan, _results(plan, clients, accepted or 0.0), now):
                 if event.tokens:
                     clients.times[event.id].hear(now, len(event.tokens))
                 if event.finish is not None:
@@ -215,18 +231,21 @@ def simulate(
             now = max(now, clients.coming[0][0])
 
 
-def _results(plan: Plan, answers: dict[str, int]) -> dict[int, Result]:
+def _results(plan: Plan, clients: _Clients, accepted: float) -> dict[int, Result]:
     """A row ends when its answer has the length that was drawn for it. The tokens themselves do not matter."""
-    results = {}
+    results, said = {}, clients.said
     for chunk in plan.chunks:
         if chunk.last:
-            position = chunk.end - len(chunk.request.prompt)
-            results[chunk.row] = Result((1,), ended=position + 1 >= answers[chunk.request.id])
+            said[chunk.request.id] = chunk.end - len(chunk.request.prompt) + 1
+            ended = said[chunk.request.id] >= clients.answers[chunk.request.id]
+            results[chunk.row] = Result((1,), ended=ended)
     for decode in plan.decodes:
-        left = answers[decode.request.id] - (decode.length - len(decode.request.prompt))
+        name = decode.request.id
+        left = clients.answers[name] - said[name]
         # Less than 1: it had ended when the plan was made, and nobody listens.
-        count = min(decode.count, max(left, 1))
-        results[decode.row] = Result((1,) * count, ended=left <= decode.count)
+        count = min(decode.count, max(left, 1), clients.gained(plan, accepted))
+        said[name] += count
+        results[decode.row] = Result((1,) * count, ended=left <= count)
     return results
 
 

@@ -24,6 +24,9 @@ ACCELERATOR_ROWS = 256
 CHUNKS = {"cpu": ((1, 32), (8, 32), (1, 256))}
 SIDE_BY_SIDE = ((4, 32, 32), (16, 256, 256))
 """On a CPU with C++: no padding between the rows of a chunk."""
+INVARIANT_CHUNK = {"cpu": (1, 64)}
+"""The only one of invariant mode: a CPU pays for padding, accelerators for every time that they read the weights."""
+ACCELERATOR_INVARIANT_CHUNK = (2, 256)
 ACCELERATOR_CHUNKS = ((1, 128), (1, 512), (4, 512), (8, 128))
 MOST_LENGTH = 8192
 """Tokens of a sequence, where the model allows more and nobody asks for them."""
@@ -35,10 +38,10 @@ ACCELERATOR_SHARE = 0.85
 
 def default_limits(
     config: TransformerConfig, kv_dtype: PageType, *, rows: int | None = None, max_length: int | None = None,
-    grid: bool = False,
+    grid: bool = False, invariant: bool = False,
 ) -> Limits:  # fmt: skip
     """Rows, pages and shapes for the platform at hand: as many pages as fit, no more than all rows can use. `grid`
-    keeps to shapes that any form of the programs computes."""
+    keeps to shapes that any form of the programs computes, `invariant` to one."""
     here = platform()
     page, rows = PAGE.get(here, KERNEL_PAGE), rows or ROWS.get(here, ACCELERATOR_ROWS)
     length = max_length or min(config.max_length, MOST_LENGTH)
@@ -50,19 +53,22 @@ def default_limits(
     chunks: tuple[Shape, ...] = CHUNKS.get(here, ACCELERATOR_CHUNKS)
     if not grid and here == "cpu" and cpu_native.available() and keeps_keys(config):
         chunks = SIDE_BY_SIDE
+    if invariant:
+        chunks = (INVARIANT_CHUNK.get(here, ACCELERATOR_INVARIANT_CHUNK),)
     log.info("cache: %d pages of %d tokens, %.1f MB", pages, page, pages * bytes_a_page / 1e6)
     return Limits(
         rows=rows, page=page, pages=pages, max_length=length, chunks=chunks,
-        tokens_a_step=rows + max(map(places, chunks)),
+        tokens_a_step=rows + max(map(places, chunks)), invariant=invariant,
     )  # fmt: skip
 
 
 def limits_for(
-    model: Transformer, kv_dtype: PageType, on: str | None = None, draft: Transformer | None = None
-) -> Limits:
+    model: Transformer, kv_dtype: PageType, on: str | None = None, draft: Transformer | None = None,
+    invariant: bool = False,
+) -> Limits:  # fmt: skip
     """Those of a model where it lies, in the form for a platform, perhaps with a draft model."""
     grid = mesh_of(model) is not None or draft is not None or (on or "cpu") != "cpu"
-    return default_limits(model.config, kv_dtype, grid=grid)
+    return default_limits(model.config, kv_dtype, grid=grid, invariant=invariant)
 
 
 def keeps_keys(config: TransformerConfig) -> bool:

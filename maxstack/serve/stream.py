@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from maxstack.serve.adapters import Held
-from maxstack.serve.loop import News
+from maxstack.serve.news import News
 from maxstack.serve.output import Answer, Delta, Output
 
 
@@ -53,8 +53,9 @@ class Stream:
     async def next(self) -> Delta:
         """What was added since the last call, all of it: a slow reader gets larger pieces. Raises the request's
         error where it failed."""
-        await self._until(lambda: bool(self._new) or self.answer.done)
-        whole = Delta()
+        if not self._new:
+            await self._until(lambda: bool(self._new) or self.answer.done)
+        whole = self._new.popleft() if self._new else Delta()
         while self._new:
             whole.add(self._new.popleft())
         if self.answer.error is not None:

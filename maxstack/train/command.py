@@ -36,8 +36,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(path: str, overrides: Sequence[str], stop: StopRequest) -> int:
+    from maxstack.processes import join_processes
     from maxstack.train.loop import train
-    from maxstack.train.processes import join_processes
     from maxstack.train.run import RunConfig
 
     with stop.at_once():

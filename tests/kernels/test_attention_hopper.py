@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks.kernel_programs import MASKS, MODELS, attention_of
 from benchmarks.kernel_registers import kernel_resources
@@ -17,6 +15,7 @@ from maxstack.kernels.attention.masks import Coordinates, Options
 from maxstack.kernels.attention.mosaic_gpu_tile import Blocks
 from maxstack.kernels.dispatch import CPU, Chip, compiling_for
 from tests.kernels.chips import HOPPER, needs_cuda_compiler
+from tests.kernels.hopper_interpreter import interpreted, races_in
 
 # Weights are rounded to bfloat16 (2^-9) before the second product, as are their gradients and the results.
 CLOSE = 8e-3
@@ -117,12 +116,10 @@ def compare(
     # Beyond the end of an array TMA gives zeros.
     beyond = {"out_of_bounds_reads": "uninitialized", "uninitialized_memory": "zero"}
     whole = t % 128 == 0 and s % 128 == 0
-    gpu_callbacks.reset_gpu_interpret_mode_state()
-    with plgpu.force_gpu_interpret_mode(
-        plgpu.InterpretGPUParams(detect_races=True, **({} if whole else beyond))
-    ):
+    with interpreted(**({} if whole else beyond)) as reports:
         got = jax.block_until_ready(run(q, keys, v, sinks, dout, dlse, at))
-    assert not gpu_callbacks.get_races().races_found
+    assert len(reports) == (3 if backward else 1)
+    assert not races_in(reports)
     wanted = brute_force(q, keys, v, dout, dlse, seen, softcap, sinks)
     assert np.array_equal(np.isfinite(got[1]), np.isfinite(wanted[1]))
     finite = np.isfinite(wanted[1])
@@ -200,19 +197,12 @@ def mesh_gradients(dout, ids, config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 4])
-def test_gradients_on_a_mesh_equal_float64_formulas(rows, monkeypatch):
-    # The interpreter's own check at the end of a kernel would find the barriers that other devices still use. Races are
-    # looked for where one device runs the same kernels; here it reports some for 8 devices and none for 2.
-    monkeypatch.setattr(gpu_callbacks, "_assert_no_barriers_allocated", lambda token: token)
+def test_gradients_on_a_mesh_equal_float64_formulas_without_races(rows):
     mesh, q, k, v, dout, sinks, ids = mesh_case(rows)
     config = dataclasses.replace(Blocks.of(64, 64), through_shared=True)
-    gpu_callbacks.reset_gpu_interpret_mode_state()
-    with (
-        jax.set_mesh(mesh),
-        compiling_for(HOPPER),
-        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
-    ):
+    with jax.set_mesh(mesh), compiling_for(HOPPER), interpreted() as reports:
         found = jax.device_get(mesh_gradients(dout, ids, config)(q, k, v, sinks))
+    assert not races_in(reports)
     host_ids = np.asarray(ids)
     seen = sees(128, 128, (host_ids, host_ids), None, True, None)
     q, k, v, dout = jax.device_get((q, k, v, dout))

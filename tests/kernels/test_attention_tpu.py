@@ -474,7 +474,10 @@ def test_every_model_compiles_for_every_chip(chip, model, t):
 
 
 @needs_libtpu
-def test_a_whole_training_step_on_four_chips_has_the_kernels_inside():
+@pytest.mark.parametrize(
+    "chip", ["v5e", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5p", "v6e", "v7x"))]
+)
+def test_a_whole_training_step_on_four_chips_has_the_kernels_inside(chip):
     from maxstack import sharding
     from maxstack.models import llama
     from maxstack.optim import OptimConfig
@@ -485,9 +488,8 @@ def test_a_whole_training_step_on_four_chips_has_the_kernels_inside():
     from maxstack.train.step import compiled as compiled_step
 
     mesh_config = MeshConfig(fsdp=2, tensor=2)
-    first = device_of("v5e")
-    devices = list(first.client.devices())
-    mesh = sharding.build_mesh(mesh_config, devices)
+    first = device_of(chip)
+    mesh = sharding.build_mesh(mesh_config, list(first.client.devices())[:4])
     model = llama(
         vocab_size=512,
         width=256,

@@ -263,7 +263,7 @@ def test_tpu_programs_of_packed_weights_hold_no_whole_weight():
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v5e", "v5p"])
+@pytest.mark.parametrize("chip", TPUS)
 def test_a_whole_training_step_of_a_mixture_on_four_chips_has_the_kernels_inside(chip):
     from maxstack import sharding
     from maxstack.models import AttentionConfig, BlockConfig, MoEConfig, StackConfig, TransformerConfig

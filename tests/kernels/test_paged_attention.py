@@ -331,9 +331,14 @@ def test_bad_calls_are_refused_with_the_numbers():
         init_cache(4, 2, 7, dtype="int4")
     with pytest.raises(ValueError, match=r"append_kv: k is .* takes \[b, t, 2, 8\] with b 2"):
         append_kv(made.cache, jnp.zeros((2, 1, 3, 8)), jnp.zeros((2, 1, 3, 8)), made.table, made.lengths)
-    with pytest.raises(
-        Unsupported,
-        match="'mosaic_tpu' cannot serve this call: pages have 8 tokens; it needs a multiple of 128",
+    with pytest.raises(Unsupported, match="'mosaic_tpu' cannot serve this call: it needs a TPU"):
+        call(implementation="mosaic_tpu")
+    with (
+        compiling_for(Chip("tpu", "v5e")),
+        pytest.raises(
+            Unsupported,
+            match="'mosaic_tpu' cannot serve this call: pages have 8 tokens; it needs a multiple of 128",
+        ),
     ):
         call(implementation="mosaic_tpu")
 

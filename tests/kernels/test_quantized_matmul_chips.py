@@ -1,5 +1,6 @@
 """The kernels for TPU and Hopper: in their interpreters, which look for races, and through the real compilers."""
 
+import dataclasses
 import re
 
 import jax
@@ -11,9 +12,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from maxstack.kernels.quantized_matmul import (
     QuantizedWeight,
+    backward,
     mosaic_gpu,
     mosaic_gpu_int8,
     mosaic_tpu,
+    quantize,
     quantized_matmul,
     stored,
     xla,
@@ -61,6 +64,24 @@ def largest_error(y, meant) -> float:
 # Groups of 32 are multiplied with weights rounded to bfloat16 on a TPU; all else is summed in float32.
 def tolerance(kind: str) -> float:
     return 2**-8 if kind == "int4-g32" else 2e-6
+
+
+def test_the_kernel_finds_its_layer_in_a_stack():
+    """In the interpreter; and the public function, where no kernel takes stacks, cuts it out."""
+    layers = [example(128, 256, "int8", False)[1], quantize(jnp.asarray(drawn(128, 256, seed=7)), "int8")]
+    values = jnp.stack([w.values for w in layers])
+    x = jnp.asarray(drawn(16, 256, seed=3), jnp.bfloat16)
+    for at, w in enumerate(layers):
+        stack = dataclasses.replace(w, values=values, layer=jnp.int32(at))
+        wanted = mosaic_tpu.quantized_matmul(x, w, tiles=mosaic_tpu.Tiles(16, 128, 128), interpret=True)
+        found = mosaic_tpu.quantized_matmul(x, stack, tiles=mosaic_tpu.Tiles(16, 128, 128), interpret=True)
+        np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_array_equal(quantized_matmul(x, stack), quantized_matmul(x, w))
+        dy = jnp.asarray(drawn(16, 128, seed=4))
+        (dx, _), (meant, _) = (
+            backward("mosaic_tpu", "float", jnp.dtype(jnp.float32), (), (x, each), dy) for each in (stack, w)
+        )
+        np.testing.assert_array_equal(dx, meant)
 
 
 @pytest.mark.parametrize(("kind", "zeros"), FORMS)

@@ -16,7 +16,9 @@ QUICK = [
     ("tpu-paged", {"chip": "v6e", "model": "8B", "pages": "int8", "queries": "1"}),
     ("tpu-quantized", {"chip": "v5e", "model": "8B", "weights": "int4-g128", "tokens": "16"}),
     ("tpu-attention", {"chip": "v5e", "model": "1B", "tokens": "2048"}),
+    ("tpu-grouped", {"chip": "v6e", "model": "Qwen3-30B-A3B", "weights": "int8", "rows": "64"}),
     ("hopper-attention", {"model": "8B", "mask": "packed"}),
+    ("hopper-grouped", {"model": "Qwen3-30B-A3B", "weights": "int4-g128", "rows": "64"}),
     ("hopper-quantized", {"model": "8B", "weights": "int8", "tokens": "64"}),
 ]
 MARKS = {"tpu": needs_libtpu, "hopper": needs_cuda_compiler}

@@ -13,11 +13,12 @@ import pytest
 import maxstack
 from maxstack import sharding
 from maxstack.config import UserError
+from maxstack.kernels import cpu_native
 from maxstack.kernels.quantized_matmul import KINDS, dequantize, quantize
 from maxstack.models import packing, presets, tree
 from maxstack.models.generation import Generator, SamplingParams
 from maxstack.models.generation.programs import programs_for
-from maxstack.models.moe import Experts, run_experts
+from maxstack.models.moe import Experts, MoEConfig, run_experts
 from maxstack.models.packed import Packed, PackedLinear, PackedMatrix
 from maxstack.models.packing import Packing, experts, is_packed, linears, packed
 from maxstack.models.save import save
@@ -53,7 +54,7 @@ def rounded(model: Transformer, kind: str) -> Transformer:
                 w[index].shape
             )
         arrays[f"{name}.w"] = jnp.asarray(out)
-    for name in experts(model):
+    for name, _ in experts(model):
         w = np.asarray(arrays[name])
         matrices = [there_and_back(jnp.asarray(w[index].T), kind).T for index in np.ndindex(*w.shape[:-2])]
         arrays[name] = jnp.stack(matrices).reshape(w.shape)
@@ -74,7 +75,7 @@ def test_a_packed_model_is_the_model_with_rounded_weights(name):
         found = [type(tree.part(few, linear)) for linear, _ in linears(model)]
         assert found
         assert set(found) == {PackedLinear}
-        assert {type(tree.part(few, name)) for name in experts(model)} <= {PackedMatrix}
+        assert {type(tree.part(few, name)) for name, _ in experts(model)} <= {PackedMatrix}
         # The output projection is rounded in both: the hidden states are compared, and the logits with its table.
         meant, given = (jax.jit(lambda m: m.hidden(tokens)[0])(m) for m in (rounded(model, kind), few))
         np.testing.assert_allclose(np.asarray(given), np.asarray(meant), rtol=2e-4, atol=2e-4)
@@ -109,8 +110,8 @@ def test_experts_are_packed_and_routers_are_not():
     model = made("mixture")
     before, after = tree.leaves(model), tree.leaves(packed(model, "int4-g32"))
     layer = "stacks.0.layers.0.feed_forward"
-    assert list(experts(model)) == [f"{layer}.{name}" for name in ("gate", "up", "down")]
-    for name in experts(model):
+    assert [name for name, _ in experts(model)] == [f"{layer}.{name}" for name in ("gate", "up", "down")]
+    for name, _ in experts(model):
         assert name not in after
         repeats, many, inputs, outputs = before[name].shape
         assert after[f"{name}.values"].shape == (repeats, many, outputs, inputs // 2)
@@ -118,14 +119,11 @@ def test_experts_are_packed_and_routers_are_not():
     assert after[f"{layer}.router"] is before[f"{layer}.router"]
 
 
-def test_packed_experts_are_not_cut_over_a_mesh():
-    w = jax.vmap(functools.partial(quantize, kind="int8"))(jnp.ones((4, 16, 32)))
-    mesh = sharding.build_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+def test_groups_of_experts_that_lie_on_several_devices_are_refused():
+    w = jax.vmap(functools.partial(quantize, kind="int4-g32"))(jnp.ones((4, 32, 48)))
+    mesh = sharding.build_mesh(MeshConfig(tensor=2), jax.devices()[:2])
     weights = jnp.ones((1, 2, 2))
-    with (
-        jax.set_mesh(mesh),
-        pytest.raises(UserError, match="not cut over devices yet: run the model without"),
-    ):
+    with jax.set_mesh(mesh), pytest.raises(UserError, match="48 is not whole groups of 32 on each of 2"):
         run_experts(jnp.ones((1, 2, 32)), weights.astype(int), weights, Experts(w, w, w), EXPERTS)
 
 
@@ -149,22 +147,17 @@ def test_the_decode_step_reads_packed_bytes():
     few = packed(config.build(jax.random.key(0)), "int4-g32")
     programs, weights = programs_for(few, "cpu")
     up = tree.leaves(few)["stacks.0.layers.0.feed_forward.up.w.values"]
-    packed_inputs = [leaf for leaf in weights if leaf.shape == up.shape[1:] and leaf.dtype == jnp.uint8]
-    assert packed_inputs
+    native = cpu_native.available()
+    kind = jnp.uint32 if native else jnp.uint8
+    assert [leaf for leaf in weights if leaf.size * leaf.itemsize == up[0].size and leaf.dtype == kind]
     text = step_text(programs, weights, config)
-    assert "maxstack_int4_product" in text or not maxstack_native()
+    assert "maxstack_int4_panel_product" in text or not native
     inner, outer = up.shape[1], few.config.width
     # By output, by input, or in panels of sixteen outputs.
     whole = rf"f32\[({inner},{outer}|{outer},{inner}|{inner // 16},{outer},16)\]"
     assert not re.search(whole, text)
     full = programs_for(config.build(jax.random.key(0)), "cpu")
     assert re.search(whole, step_text(*full, config))  # the pattern finds what it looks for
-
-
-def maxstack_native() -> bool:
-    from maxstack.kernels import cpu_native
-
-    return cpu_native.available()
 
 
 def step_text(programs, weights, config) -> str:
@@ -237,22 +230,40 @@ WIDE = presets.llama(
 )
 
 
+MIXTURE = dataclasses.replace(
+    WIDE,
+    stacks=tuple(
+        dataclasses.replace(
+            stack,
+            pattern=tuple(
+                dataclasses.replace(block, feed_forward=MoEConfig(size=256, experts=4, experts_per_token=2))
+                for block in stack.pattern
+            ),
+        )
+        for stack in WIDE.stacks
+    ),
+)
+
+
 @pytest.mark.parametrize(
-    ("kind", "mesh"),
+    ("config", "kind", "mesh"),
     [
-        ("int4-g32", MeshConfig(data=2, fsdp=2, tensor=2)),
-        pytest.param("int8", MeshConfig(fsdp=8), marks=pytest.mark.slow),
-        pytest.param("int4-g128", MeshConfig(fsdp=2, tensor=4), marks=pytest.mark.slow),
+        (WIDE, "int4-g32", MeshConfig(data=2, fsdp=2, tensor=2)),
+        (MIXTURE, "int4-g32", MeshConfig(data=2, fsdp=2, tensor=2)),
+        pytest.param(WIDE, "int8", MeshConfig(fsdp=8), marks=pytest.mark.slow),
+        pytest.param(WIDE, "int4-g128", MeshConfig(fsdp=2, tensor=4), marks=pytest.mark.slow),
+        pytest.param(MIXTURE, "int8", MeshConfig(fsdp=2, tensor=4), marks=pytest.mark.slow),
     ],
 )
-def test_packed_weights_over_devices_give_the_logits_of_one(kind, mesh, tmp_path):
-    save(jax.jit(WIDE.build)(jax.random.key(0)), None, tmp_path / "model")
+def test_packed_weights_over_devices_give_the_logits_of_one(config, kind, mesh, tmp_path):
+    save(jax.jit(config.build)(jax.random.key(0)), None, tmp_path / "model")
     alone, _ = maxstack.load(tmp_path / "model", weights=kind)
     tokens = np.arange(8 * 6).reshape(8, 6) % 64
     meant = jax.jit(lambda m, t: m(t))(alone, jnp.asarray(tokens))
     devices = sharding.build_mesh(mesh, jax.devices()[:8])
     cut, _ = maxstack.load(tmp_path / "model", weights=kind, mesh=devices)
-    up = tree.leaves(cut)["stacks.0.layers.0.feed_forward.up.w.values"]
+    name = "up.values" if config is MIXTURE else "up.w.values"
+    up = tree.leaves(cut)[f"stacks.0.layers.0.feed_forward.{name}"]
     assert up.addressable_shards[0].data.size * mesh.tensor * max(1, mesh.fsdp) == up.size
     for name, array in tree.leaves(alone).items():
         np.testing.assert_array_equal(

@@ -13,7 +13,8 @@ from maxstack.models.generation import SamplingParams
 from maxstack.serve.constrain.matching import Compiled, left_to_the_engine
 from maxstack.serve.device import Asked, Device
 from maxstack.serve.forms import form_for
-from maxstack.serve.loop import Loop, News
+from maxstack.serve.loop import Loop
+from maxstack.serve.news import News
 from maxstack.serve.output import Answer
 from maxstack.serve.plan import Limits
 from maxstack.serve.request import Request

@@ -3,6 +3,9 @@
 Whatever goes wrong with pages, tables, positions or order changes the tokens. Each plan's writes are done when it is
 launched and once more when it is done, for the device may still be writing at any time in between. Only what a later
 plan of the same request has written since stays as it is: a request's own plans run one after another.
+
+In invariant mode a slot also depends on the way in which it was computed, as rounding does: on its place in a chunk, or
+that a decode step wrote it.
 """
 
 import hashlib
@@ -22,9 +25,16 @@ def number(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=6).digest())
 
 
-def slot(request: Request, position: int, token: int) -> int:
+def slot(request: Request, position: int, token: int, place: int | None = None) -> int:
     """What the cache holds of a token: it depends on the adapter, as keys and values do."""
-    return number("slot", request.adapter, position, token)
+    return number("slot", request.adapter, position, token, place)
+
+
+def place_of(limits: Limits | None, prompt: int, position: int) -> int | None:
+    """The one place where a token may be computed in invariant mode: in its chunk, or -1 for a decode step."""
+    if limits is None or not limits.invariant:
+        return None
+    return position % limits.chunks[0][1] if position < prompt else -1
 
 
 def sampled(request: Request, slots: Sequence[int | None]) -> int:
@@ -32,11 +42,12 @@ def sampled(request: Request, slots: Sequence[int | None]) -> int:
     return number("next", request.params, slots) % VOCABULARY
 
 
-def alone(request: Request) -> tuple[tuple[int, ...], str]:
+def alone(request: Request, limits: Limits | None = None) -> tuple[tuple[int, ...], str]:
     """The request's answer when nothing else exists, and why it ends."""
-    tokens = list(request.prompt)
-    while len(tokens) < len(request.prompt) + request.max_tokens:
-        tokens.append(sampled(request, [slot(request, i, token) for i, token in enumerate(tokens)]))
+    tokens, prompt = list(request.prompt), len(request.prompt)
+    while len(tokens) < prompt + request.max_tokens:
+        slots = [slot(request, i, token, place_of(limits, prompt, i)) for i, token in enumerate(tokens)]
+        tokens.append(sampled(request, slots))
         if tokens[-1] == STOP:
             return tuple(tokens[len(request.prompt) :]), "stop"
     return tuple(tokens[len(request.prompt) :]), "length"
@@ -62,6 +73,7 @@ class FakeDevice:
         self.owner: dict[int, Request] = {}
         self.last: dict[int, int] = {}
         self.length: dict[int, int] = {}
+        self.again: dict[int, tuple[int, ...]] = {}
         self.under_way: deque[Launched] = deque()
         self._writes: dict[tuple[int, int, str], int] = {}
         self.failing: set[str] = set()
@@ -73,7 +85,9 @@ class FakeDevice:
         results: dict[int, Result] = {}
         for start in plan.starts:
             self.owner[start.row] = start.request
-            self.length[start.row] = len(start.request.prompt) + len(start.tokens)
+            self.again[start.row] = start.tokens if self.limits.invariant else ()
+            read = () if self.limits.invariant else start.tokens
+            self.length[start.row] = len(start.request.prompt) + len(read)
         for table in plan.tables:
             self.tables[table.row] = table.pages
         # The order within a plan is free: the last chunk first, decodes before chunks.
@@ -103,9 +117,9 @@ class FakeDevice:
         self.under_way.clear()
         self.slots = [[None] * self.limits.page for _ in range(self.limits.pages)]
 
-    def _write(self, row: int, position: int, token: int) -> None:
+    def _write(self, row: int, position: int, token: int, place: int = -1) -> None:
         page, offset = self.tables[row][position // self.limits.page], position % self.limits.page
-        value = slot(self.owner[row], position, token)
+        value = slot(self.owner[row], position, token, place if self.limits.invariant else None)
         self.slots[page][offset] = value
         self._writes[page, offset, self.owner[row].id] = value
 
@@ -116,7 +130,7 @@ class FakeDevice:
     def _read(self, chunk: Chunk) -> Result | None:
         assert self.owner[chunk.row] is chunk.request
         for i, token in enumerate(chunk.tokens):
-            self._write(chunk.row, chunk.start + i, token)
+            self._write(chunk.row, chunk.start + i, token, place=i)
         if not chunk.last:
             return None
         if not chunk.request.max_tokens:
@@ -126,6 +140,9 @@ class FakeDevice:
 
     def _sampled(self, row: int) -> Result:
         token = sampled(self.owner[row], self._slots(row, self.length[row]))
+        said = self.length[row] - len(self.owner[row].prompt)
+        if said < len(self.again[row]):
+            assert token == self.again[row][said], "computed again, a token is another one"
         self.last[row] = token
         self.length[row] += 1
         return Result((token,), ended=token == STOP)

@@ -12,7 +12,7 @@ from maxstack.serve.plan import Limits, Plan, places
 from maxstack.serve.request import Event, Full, Request
 from maxstack.serve.scheduler import Scheduler
 from maxstack.serve.sequence import Sequence
-from tests.serve.fake_device import FakeDevice, alone, slot
+from tests.serve.fake_device import FakeDevice, alone, place_of, slot
 
 TIGHT = Limits(
     rows=3, page=4, pages=12, max_length=32, tokens_a_step=17, chunks=((1, 4), (1, 16), (3, 4)), steps=(1, 3),
@@ -26,6 +26,12 @@ LIMITS = [
     replace(TIGHT, rows=6, pages=60, ahead=3, steps=(1, 2, 5), tokens_a_step=40, waiting=20),
     replace(TIGHT, pages=14, ahead=4),
 ]
+INVARIANT = [
+    replace(TIGHT, chunks=((1, 8),), invariant=True),
+    replace(TIGHT, rows=4, pages=14, chunks=((2, 2),), steps=(1,), invariant=True),
+    replace(TIGHT, rows=4, pages=16, chunks=((3, 4),), ahead=3, invariant=True),
+]
+LIMITS += INVARIANT
 BEGINNINGS = [(1, 2, 3, 4) * 5, (1, 2, 3, 4, 5, 6, 7, 8, 9, 0) * 2, (7,) * 20]
 DONE = {"stop", "length"}
 
@@ -33,10 +39,13 @@ DONE = {"stop", "length"}
 class Serving(RuleBasedStateMachine):
     """Requests come, plans are made ahead of results, requests are cancelled, rows and steps fail."""
 
+    choices = LIMITS
+
     scheduler_class = Scheduler
 
-    @initialize(limits=st.sampled_from(LIMITS))
-    def begin(self, limits: Limits):
+    @initialize(data=st.data())
+    def begin(self, data):
+        limits: Limits = data.draw(st.sampled_from(self.choices))
         self.limits = limits
         self.scheduler = self.scheduler_class(limits)
         # Where there are guesses at all, two plans of three have some.
@@ -158,7 +167,7 @@ class Serving(RuleBasedStateMachine):
             request = self.requests[event.id]
             assert event.id not in self.ends, "an event after the end"
             self.answers[event.id] += event.tokens
-            tokens, finish = alone(request)
+            tokens, finish = alone(request, self.limits)
             if event.finish in DONE:
                 assert (tuple(self.answers[event.id]), event.finish) == (tokens, finish)
             else:
@@ -266,12 +275,18 @@ class Serving(RuleBasedStateMachine):
         for sequence in self.scheduler._running:
             for i in range(sequence.settled):
                 held = slots[sequence.pages[i // size]][i % size]
-                assert held == slot(sequence.request, i, sequence.tokens[i]), "a page holds other tokens"
+                place = place_of(self.limits, len(sequence.request.prompt), i)
+                assert held == slot(sequence.request, i, sequence.tokens[i], place), (
+                    "a page holds other tokens"
+                )
         adapters = {self.scheduler.prefix.salt("", name): name for name in ("", "a")}
         for page, node in self.scheduler.prefix.named().items():
             depth, above = 0, node.parent
             while above is not None:
                 depth, above = depth + 1, above.parent
             request = Request(id="", prompt=(0,), max_tokens=0, arrived=0, adapter=adapters[node.salt])
-            expected = [slot(request, depth * size + i, token) for i, token in enumerate(node.tokens)]
+            expected = [
+                slot(request, at, token, place_of(self.limits, self.limits.max_length, at))
+                for at, token in enumerate(node.tokens, depth * size)
+            ]
             assert slots[page] == expected, "a named page holds other tokens"

@@ -53,13 +53,7 @@ def compiled_step(chip: str, kind: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
-    [
-        "bfloat16",
-        pytest.param(
-            "int8",
-            marks=pytest.mark.xfail(reason="XLA for a v5e copies int8 pools inside the scan", strict=True),
-        ),
-    ],
+    ["bfloat16", "int8"],
 )
 @pytest.mark.parametrize(
     "chip",

@@ -15,6 +15,7 @@ import urllib.request
 import pytest
 
 from maxstack.data.tokenizer import byte_tokenizer
+from maxstack.kernels import cpu_native
 from maxstack.models.save import save
 from tests.commands import maxstack, refusal
 from tests.models.tiny import build
@@ -58,6 +59,12 @@ def test_sizes_that_cannot_be_are_refused(refused, folder):
     serve = ("serve", "--model", folder, "--port", "0")
     refused(2, ["--max-length 65", "64 tokens"], *serve, "--max-length", "65")
     refused(2, ["--adapter-slots 1"], *serve, "--adapter-slots", "1", "--adapters", "a=x", "b=y")
+
+
+def test_guesses_are_refused_where_invariant_mode_is_needed(refused, folder, monkeypatch):
+    monkeypatch.setattr(cpu_native, "problem", lambda: "switched off")
+    serve = ("serve", "--model", folder, "--port", "0", "--invariant")
+    refused(2, ["--invariant with --drafts"], *serve, "--drafts", "2")
 
 
 def test_a_start_that_only_compiles_leaves_with_0_and_says_its_phases(folder, capsys):

@@ -415,6 +415,45 @@ def test_a_step_that_could_never_take_a_new_request_is_refused():
         replace(LIMITS, steps=(4, 1))
 
 
+def test_in_invariant_mode_a_prompt_waits_for_pages_rather_than_having_a_chunk_cut():
+    server = Server(
+        invariant=True, chunks=((1, 16),), pages=8, rows=2, max_length=32, prefix_cache=False, steps=(1,)
+    )
+    server.add(asked("a", prompt=range(24), max_tokens=2))
+    server.launch()
+    server.launch()
+    server.scheduler.cancel("a")  # both plans may still write its six pages
+    request = asked("b", prompt=range(20), max_tokens=3, params=1)
+    server.add(request)
+    assert server.scheduler.plan(0.0) is None
+    server.finish()
+    assert server.scheduler.plan(0.0) is None
+    server.finish()
+    assert [(chunk.start, chunk.count) for plan in server.run() for chunk in plan.chunks] == [
+        (0, 16),
+        (16, 4),
+    ]
+    assert (server.answer("b"), server.end("b")) == alone(request, server.limits)
+
+
+def test_in_invariant_mode_an_answer_is_said_again_and_told_once():
+    server = Server(
+        pages=10, max_length=40, prefix_cache=False, chunks=((1, 8),), steps=(1, 3), invariant=True
+    )
+    requests = [
+        asked("a", prompt=range(12), max_tokens=16, params=5),
+        asked("b", prompt=range(12), max_tokens=16, params=10, arrived=1.0),
+    ]
+    server.add(*requests)
+    plans = server.run()
+    counters = server.scheduler.counters
+    assert counters.num_preemptions
+    assert counters.replayed_tokens
+    for request in requests:
+        assert (server.answer(request.id), server.end(request.id)) == alone(request, server.limits)
+    assert {chunk.start % 8 for plan in plans for chunk in plan.chunks} == {0}
+
+
 def test_shapes_weigh_padding_against_further_steps():
     shapes = ((1, 32), (1, 128), (1, 512), (4, 128), (8, 32))
     assert best_shape(shapes, [500], 1024, 64) == (1, 512)

@@ -1,17 +1,19 @@
 """Requests, plans, results and failures in any order: pages, order, budget, and each request's answer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from maxstack.serve.pages import Pages
+from maxstack.serve.plan import Limits
 from maxstack.serve.prefix import Prefix, digest
 from maxstack.serve.scheduler import Scheduler
 from maxstack.serve.sequence import Sequence
 from tests.serve import test_scheduler as examples
-from tests.serve.machine import Serving
+from tests.serve.machine import INVARIANT, Serving
 
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
@@ -33,6 +35,10 @@ class ServingWithCollisions(Serving):
     scheduler_class = Colliding
 
 
+class ServingInvariant(Serving):
+    choices = INVARIANT
+
+
 def test_any_order_of_events_keeps_the_pages_and_the_answers():
     run_state_machine_as_test(Serving, settings=settings(max_examples=12, stateful_step_count=30, **COMMON))
 
@@ -43,9 +49,16 @@ def test_colliding_hashes_share_nothing_that_differs():
     )
 
 
+def test_in_invariant_mode_every_token_is_computed_in_one_way():
+    run_state_machine_as_test(
+        ServingInvariant, settings=settings(max_examples=6, stateful_step_count=30, **COMMON)
+    )
+
+
 @pytest.mark.slow
-def test_ten_thousand_steps_keep_the_pages_and_the_answers():
-    run_state_machine_as_test(Serving, settings=settings(max_examples=200, stateful_step_count=50, **COMMON))
+@pytest.mark.parametrize("machine", [Serving, ServingInvariant])
+def test_ten_thousand_steps_keep_the_pages_and_the_answers(machine):
+    run_state_machine_as_test(machine, settings=settings(max_examples=200, stateful_step_count=50, **COMMON))
 
 
 # ------------------------------------------------------------------------------------------------- planted bugs
@@ -171,6 +184,30 @@ def _reversed_queue(admit: Callable) -> Callable:
     return wrong
 
 
+def _without_invariance(method: str) -> Callable:
+    """One of the scheduler's methods goes by limits that ask for no invariance."""
+
+    def bug(patch):
+        right = getattr(Scheduler, method)
+
+        def wrong(self, *args):
+            limits = self.limits
+            self.limits = replace(limits, invariant=False)
+            try:
+                return right(self, *args)
+            finally:
+                self.limits = limits
+
+        patch.setattr(Scheduler, method, wrong)
+
+    bug.__name__ = method
+    return bug
+
+
+def _hits_of_less_than_a_chunk(patch):
+    patch.setattr(Limits, "pages_at_once", 1)
+
+
 @pytest.mark.parametrize(
     ("bug", "example"),
     [
@@ -179,6 +216,14 @@ def _reversed_queue(admit: Callable) -> Callable:
         (
             _released_while_written,
             examples.test_pages_of_a_cancelled_request_are_its_own_until_the_plan_is_done,
+        ),
+        (
+            _without_invariance("_read"),
+            examples.test_in_invariant_mode_a_prompt_waits_for_pages_rather_than_having_a_chunk_cut,
+        ),
+        (
+            _without_invariance("_place"),
+            examples.test_in_invariant_mode_an_answer_is_said_again_and_told_once,
         ),
     ],
 )
@@ -199,10 +244,27 @@ def test_an_example_finds_a_planted_bug(bug, example, monkeypatch):
     ids=lambda bug: bug.__name__.strip("_"),
 )  # fmt: skip
 def test_a_planted_bug_is_found(bug, monkeypatch):
+    check_found(Serving, bug, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "bug",
+    # Answers are read again like prompts; or their pages are shared; or hits are parts of chunks.
+    [
+        _without_invariance("_place"), _without_invariance("_name_pages"), _hits_of_less_than_a_chunk,
+    ],
+    ids=lambda bug: bug.__name__.strip("_"),
+)  # fmt: skip
+def test_each_rule_of_invariant_mode_is_needed(bug, monkeypatch):
+    check_found(ServingInvariant, bug, monkeypatch)
+
+
+def check_found(machine, bug, monkeypatch):
     bug(monkeypatch)
     with pytest.raises(Exception):  # noqa: B017 - whatever notices it first
         run_state_machine_as_test(
-            Serving,
+            machine,
             settings=settings(
                 max_examples=100, stateful_step_count=50, phases=[Phase.generate], database=None,
                 derandomize=True, report_multiple_bugs=False, print_blob=False, **COMMON,

@@ -35,6 +35,22 @@ def test_one_request_takes_the_time_of_its_steps():
     assert (report.output_tokens, report.prompt_tokens) == (5, 100)
 
 
+def test_guesses_that_come_true_save_steps_and_others_cost():
+    load = Load(requests=40, clients=4, prompt=fixed(32), answer=fixed(61))
+    limits = replace(LIMITS, steps=(1,))
+    plain = simulate(limits, PLAIN, load)
+    guessing = replace(limits, drafts=3)
+    all_true, none_true, some = (simulate(guessing, PLAIN, load, accepted=p) for p in (1.0, 0.0, 0.6))
+    # One token with the prompt, then 60: one a step, or four.
+    assert plain.tpot_s[50] / all_true.tpot_s[50] == pytest.approx(4, rel=0.05)
+    assert none_true.tpot_s[50] == pytest.approx(plain.tpot_s[50], rel=0.05)
+    # 1 + 0.6 + 0.36 + 0.216 tokens a step.
+    assert plain.tpot_s[50] / some.tpot_s[50] == pytest.approx(2.18, rel=0.1)
+    assert all_true.output_tokens == none_true.output_tokens == plain.output_tokens == 40 * 61
+    with pytest.raises(ValueError, match="3 drafts"):
+        simulate(guessing, PLAIN, load)
+
+
 def test_lengths_have_their_mean_after_the_cut():
     random = Random(1)
     for lengths in (SHAREGPT_PROMPT, SHAREGPT_ANSWER):

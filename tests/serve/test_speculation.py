@@ -14,6 +14,8 @@ from maxstack.serve.drafter import Drafter
 from maxstack.serve.drafts import LONGEST, SHORTEST, guessed
 from maxstack.serve.forms import form_for
 from maxstack.serve.pace import AGAIN, Pace
+from maxstack.serve.programs import ENDED, NOT_FINITE, NOTHING, TOKEN, Told
+from maxstack.serve.speculation import kept
 from tests.models.tiny import build
 from tests.serve.driven import CONFIG, GREEDY, LIMITS, VOCAB, Driven, check_greedy, device_of, full, tokens_of
 
@@ -126,6 +128,18 @@ def test_numbers_that_are_none_behind_a_guess_fail_their_row_alone(model, device
     ending = dataclasses.replace(LONG, max_tokens=8, logit_bias=((7, 1000.0),))
     bad, good = Driven(device).together([[0, 1, 2] * 3, [0, 1, 2] * 3], [ending, LONG])
     assert (bad.output.finish_reason, good.output.finish_reason) == ("error", "length")
+
+
+def test_nothing_is_kept_behind_a_wrong_guess_an_end_or_what_is_no_number():
+    read = jnp.asarray([[5, 6, 7, 8]] * 4)
+    tokens = jnp.asarray([[6, 7, 8, 9], [6, 0, 8, 9], [6, 7, 8, 9], [6, 7, 8, 9]])
+    status = jnp.asarray([[TOKEN] * 4, [TOKEN] * 4, [TOKEN, ENDED, TOKEN, TOKEN], [NOT_FINITE, *[TOKEN] * 3]])
+    none = jnp.zeros((16, 1))
+    said = Told(tokens.reshape(-1), status.reshape(-1), none[:, 0], none.astype(int), none)
+    assert kept(said, read).tolist() == [
+        [TOKEN] * 4, [TOKEN, TOKEN, NOTHING, NOTHING], [TOKEN, ENDED, NOTHING, NOTHING],
+        [NOT_FINITE, NOTHING, NOTHING, NOTHING],
+    ]  # fmt: skip
 
 
 def test_the_longest_then_latest_occurrence_is_guessed_and_goes_round():

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from maxstack.config import UserError, write_run
+from maxstack.processes import asked_for
 from maxstack.sharding import MeshConfig
 from maxstack.telemetry import read_rows
 from maxstack.train.loop import train
-from maxstack.train.processes import asked_for
 from maxstack.train.run import EvaluationConfig, RunConfig
 from tests.train.runs import tiny_run
 

@@ -15,6 +15,7 @@ from maxstack.bench.serve.asks import Ask, drawn, from_trace, write_trace
 from maxstack.bench.serve.client import Clients, Heard, Server, first_model
 from maxstack.bench.serve.numbers import Report, goal, predicted, report
 from maxstack.bench.serve.own import overhead, started
+from maxstack.bench.serve.recorded import kept
 from maxstack.config import RunError, UserError, write_atomically
 from maxstack.serve.load import SHAREGPT_ANSWER, SHAREGPT_PROMPT, Lengths, Load
 
@@ -35,7 +36,11 @@ def parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="ask as chat, not as continuation of a text")
     add("--api-key-file", type=Path, help="file with the key (default: OPENAI_API_KEY, where set)")
     add("--plain", action="store_true", help="no field that OpenAI's server does not know (ignore_eos)")
-    add("--simulate", metavar="CHIP", help="do not ask anybody: predict it for this chip and --model")
+    add(
+        "--simulate",
+        metavar="CHIP",
+        help="do not ask anybody: predict it for this chip and --model, or for a step compiled before (v6e-8b-int8)",
+    )
     add = result.add_argument_group("load").add_argument
     add("--requests", type=int, default=200, help="how many (default: 200)")
     add("--at-once", type=int, help="clients that ask again when they are answered (default: 8)")
@@ -93,8 +98,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if args.simulate:
-        if not args.model or args.url or args.trace:
-            raise UserError("--simulate wants --model, and neither --url nor --trace")
+        named = args.simulate in kept()
+        if (args.model is not None) == named or args.url or args.trace:
+            raise UserError(
+                "--simulate wants a chip and --model, or the name of a step compiled before alone; neither --url nor "
+                "--trace"
+            )
     elif (args.url is None) == (args.model is None):
         raise UserError(
             "give one of --url (a server that runs) and --model (a server of ours is started for it)"
@@ -183,8 +192,9 @@ def _key(file: Path | None) -> str | None:
 def _simulated(args: argparse.Namespace, target: dict[str, float]) -> Report:
     from maxstack.bench.serve.predict import predict
 
+    what = f"{args.model} on {args.simulate}" if args.model else args.simulate
     return predicted(
-        f"{args.model} on {args.simulate}, predicted",
+        f"{what}, predicted by a roofline, not measured",
         predict(args.model, args.simulate, load_of(args), target),
         target,
     )

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from maxstack.bench.serve import recorded
 from maxstack.config import UserError
 from maxstack.models.transformer import TransformerConfig
 from maxstack.serve.cost import CHIPS, Cost
@@ -20,12 +21,25 @@ OF_BANDWIDTH, OF_PRODUCTS = 0.8, 0.5
 """Shares of the peaks that are expected to be reached."""
 
 
-def predict(model: str, chip: str, load: Load, target_s: dict[str, float]) -> Report:
-    """Serve a load on one chip. Raises UserError for a chip that is not known, or too small."""
-    if chip not in CHIPS:
-        raise UserError(f"--simulate {chip}: no such chip is known; there are {', '.join(CHIPS)}")
+def predict(model: str | None, chip: str, load: Load, target_s: dict[str, float]) -> Report:
+    """Serve a load on one chip, or as a step that was compiled before and kept by name. Raises UserError for a chip
+    that is not known, or too small."""
+    if chip not in CHIPS and chip not in recorded.kept():
+        raise UserError(
+            f"--simulate {chip}: no such chip is known; there are {', '.join(CHIPS)}, and steps compiled before: "
+            f"{', '.join(recorded.kept())}"
+        )
     if "e2e" in target_s:
         raise UserError("--goodput e2e: the simulator counts by ttft and tpot; leave e2e out")
+    target = None
+    if target_s:
+        target = Target(ttft_s=target_s.get("ttft", 1e9), tpot_s=target_s.get("tpot", 1e9))
+    if chip not in CHIPS:
+        record = recorded.kept()[chip]
+        cost = recorded.cost_of(record, of_bandwidth=OF_BANDWIDTH, of_products=OF_PRODUCTS)
+        return simulate(recorded_limits(record, cost), cost, load, target=target)
+    if model is None:
+        raise UserError(f"--simulate {chip} wants --model")
     config = config_of(model)
     limits = limits_on(config, chip)
     cost = formula(config, chip)
@@ -43,9 +57,6 @@ def predict(model: str, chip: str, load: Load, target_s: dict[str, float]) -> Re
         )
     else:
         log.info("no compiler tells the cost of a step on %s: it is computed from the model's sizes", chip)
-    target = None
-    if target_s:
-        target = Target(ttft_s=target_s.get("ttft", 1e9), tpot_s=target_s.get("tpot", 1e9))
     return simulate(limits, cost, load, target=target)
 
 
@@ -91,17 +102,21 @@ def formula(config: TransformerConfig, chip: str) -> Cost:
     )
 
 
+def recorded_limits(record: dict[str, Any], cost: Cost) -> Limits:
+    """As the server would choose them on these chips, for the model of a step that was kept."""
+    from maxstack.serve.sizes import ACCELERATOR_SHARE, KERNEL_PAGE
+
+    config = recorded.config_of(record["shape"])
+    memory = MEMORY_GIB[record["chip"]] * GIB * record["chips"]
+    room = ACCELERATOR_SHARE * (memory - cost.weight_bytes)
+    return limits_of(config, int(room // (KERNEL_PAGE * cost.kv_bytes_a_token)))
+
+
 def limits_on(config: TransformerConfig, chip: str) -> Limits:
     """As the server would choose them on a chip with this memory."""
     from maxstack.models.account import account_of
     from maxstack.models.paged.pools import page_bytes
-    from maxstack.serve.sizes import (
-        ACCELERATOR_CHUNKS,
-        ACCELERATOR_ROWS,
-        ACCELERATOR_SHARE,
-        KERNEL_PAGE,
-        MOST_LENGTH,
-    )
+    from maxstack.serve.sizes import ACCELERATOR_SHARE, KERNEL_PAGE, MOST_LENGTH
 
     length = min(config.max_length, MOST_LENGTH)
     weights, memory = 2 * account_of(config, 1).parameters, MEMORY_GIB[chip] * GIB
@@ -114,6 +129,15 @@ def limits_on(config: TransformerConfig, chip: str) -> Limits:
             f"{memory / 1e9:.1f} GB for the cache, less than one sequence of {length} tokens needs; several chips are "
             "not simulated: choose a larger one"
         )
+    return limits_of(config, pages)
+
+
+def limits_of(config: TransformerConfig, pages: int) -> Limits:
+    """With room for so many pages."""
+    from maxstack.serve.sizes import ACCELERATOR_CHUNKS, ACCELERATOR_ROWS, KERNEL_PAGE, MOST_LENGTH
+
+    length = min(config.max_length, MOST_LENGTH)
+    width = -(-length // KERNEL_PAGE)
     return Limits(
         rows=ACCELERATOR_ROWS, page=KERNEL_PAGE, pages=min(pages, ACCELERATOR_ROWS * width), max_length=length,
         chunks=ACCELERATOR_CHUNKS, tokens_a_step=ACCELERATOR_ROWS + max(r * t for r, t in ACCELERATOR_CHUNKS),

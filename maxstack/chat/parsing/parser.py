@@ -25,6 +25,8 @@ class Parser:
 
     def feed(self, text: str) -> list[Piece]:
         """What is certain with this text."""
+        if self._calls is None and self._splitter.over:
+            return [Text(text)] if text else []
         return joined(self._sorted(self._splitter.push(text)))
 
     def end(self) -> list[Piece]:

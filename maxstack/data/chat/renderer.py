@@ -180,6 +180,12 @@ class ChatRenderer:
         form = self._forms[template.where]
         return conversation._replace(messages=[form.of(message) for message in conversation.messages])
 
+    @property
+    def has_tools(self) -> bool:
+        """Whether the template has a place for tools, or there is another one for them."""
+        nothing: dict[str, Any] = {"tools": None, "documents": None}
+        return self._takes_tools(self._for_tools or self._main, Conversation([], self._tokens | nothing))
+
     def _takes_tools(self, template: ChatTemplate, conversation: Conversation) -> bool:
         if template.where not in self._tools:
             self._tools[template.where] = takes_tools(template, conversation.variables)

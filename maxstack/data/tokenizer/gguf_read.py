@@ -167,10 +167,10 @@ def _byte_level(
 
 def _merge(text: str, tokens: Mapping[str, int]) -> list[str]:
     left, _, right = text[1:].partition(" ")  # the first character may itself be a space
-    pair = [text[:1] + left, right]
-    if not {*pair, "".join(pair)} <= tokens.keys():
+    left = text[:1] + left
+    if not (left in tokens and right in tokens and left + right in tokens):
         raise UserError(f"the GGUF file merges {text!r}, of which a part or the whole is no token")
-    return pair
+    return [left, right]
 
 
 def _sentencepiece(

@@ -9,12 +9,12 @@ A form is one function from the tensor to the leaf's array as a *view* of it, so
 `leaf[...] = view(tensor)` and writing is `view(tensor)[...] = leaf`.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from maxstack.config import UserError
@@ -174,7 +174,8 @@ def entries(config: TransformerConfig, table: Table, absent: Sequence[str] = ())
 
     Raises UserError when the table has no place for a leaf: the family cannot hold such a model.
     """
-    abstract = tree.abstract(lambda: config.build(jax.random.key(0)))
+    # Only shapes are looked at, and loading asks for these first and then for those of its own compute type.
+    abstract = tree.abstract_model(dataclasses.replace(config, dtype="float32", remat="none"))
     found: list[Entry] = []
     for leaf, array in tree.leaves(abstract).items():
         match = LAYER_LEAF.fullmatch(leaf)

@@ -1,5 +1,6 @@
 """Matrices as products on a CPU read them: in panels for C++ where that is there, else by output for XLA."""
 
+import math
 import sys
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from maxstack.kernels import cpu_native
+from maxstack.models.files.source import aligned
 from maxstack.models.layers import Weight
 from maxstack.models.remat import platform
 
@@ -24,13 +26,12 @@ class Panels(nnx.Module):
     lie as such: half the bytes, and the same products."""
 
     def __init__(self, w_oi: np.ndarray):
-        self.outputs, inputs = w_oi.shape
-        whole = -(-self.outputs // cpu_native.PANEL)
+        self.outputs = w_oi.shape[0]
         numbers = shortened(w_oi)
-        if padding := whole * cpu_native.PANEL - self.outputs:
-            numbers = np.pad(numbers, ((0, padding), (0, 0)))
-        panels = numbers.reshape(whole, cpu_native.PANEL, inputs).swapaxes(1, 2)
-        self.w = Weight(jnp.asarray(np.ascontiguousarray(panels)), axes=("whole", "whole", "whole"))
+        panels = new_panels(w_oi.shape, numbers.dtype)
+        in_panels(numbers, panels)
+        # Not jnp.asarray, which copies what lies as jax wants it.
+        self.w = Weight(jax.device_put(panels), axes=("whole", "whole", "whole"))
 
     def __call__(self, x_ti: Float[Array, "t i"], dtype: jnp.dtype | None = None) -> Float[Array, "t o"]:
         y = cpu_native.panel_product(x_ti.astype(jnp.float32), self.w[...])[:, : self.outputs]
@@ -42,10 +43,29 @@ class Panels(nnx.Module):
         return panels.reshape(panels.shape[0], -1)[:, : self.outputs].astype(dtype)
 
 
+def new_panels(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory for matrices [.., o, i] in panels [.., p, i, 16]; jax takes it as it is."""
+    *before, outputs, inputs = shape
+    shape = (*before, -(-outputs // cpu_native.PANEL), inputs, cpu_native.PANEL)
+    return aligned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+
+
+def in_panels(w_oi: np.ndarray, panels: np.ndarray) -> None:
+    """Lay a matrix out in panels [p, i, 16], with zeros behind the last output."""
+    size, (outputs, inputs) = cpu_native.PANEL, w_oi.shape
+    whole = outputs // size
+    panels[:whole] = w_oi[: whole * size].reshape(whole, size, inputs).swapaxes(1, 2)
+    if rest := outputs - whole * size:
+        panels[whole, :, :rest], panels[whole, :, rest:] = w_oi[whole * size :].T, 0
+
+
 def shortened(w_oi: np.ndarray) -> np.ndarray:
     """float32 numbers as bfloat16 where that changes none of them."""
+    if w_oi.dtype == ml_dtypes.bfloat16:
+        return w_oi
     w = w_oi if w_oi.flags.c_contiguous else np.ascontiguousarray(w_oi.T)
-    if sys.byteorder != "little" or np.any(w.view(np.uint16)[:, ::2]):
+    # A few rows tell most of those apart that lose something.
+    if sys.byteorder != "little" or any(np.any(rows.view(np.uint16)[:, ::2]) for rows in (w[:4], w)):
         return w_oi
     high = w.view(ml_dtypes.bfloat16)[:, 1::2]
     return high if w_oi.flags.c_contiguous else high.T
@@ -68,7 +88,8 @@ class ByOutput(nnx.Module):
 def matrix(w_oi: np.ndarray | Array, dtype: jnp.dtype) -> Panels | ByOutput:
     """The form that is fastest here, for activations of `dtype`."""
     if dtype == jnp.float32 and native():
-        return Panels(np.asarray(w_oi, np.float32))
+        w = np.asarray(w_oi)
+        return Panels(w if w.dtype == ml_dtypes.bfloat16 else np.asarray(w, np.float32))
     return ByOutput(w_oi, dtype)
 
 

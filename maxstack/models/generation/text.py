@@ -13,6 +13,8 @@ class StopFinder:
 
     def push(self, text: str) -> tuple[str, bool]:
         """(text that no stop string can take back, whether one was found); the stop string is left out."""
+        if not self._stops:
+            return text, False
         self._held += text
         places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if places:
@@ -31,6 +33,8 @@ class StopFinder:
 
 def overlap(text: str, stop: str) -> int:
     """The longest end of the text that begins `stop`."""
+    if stop[:1] not in text:
+        return 0
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 

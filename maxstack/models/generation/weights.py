@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -13,11 +13,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from maxstack.kernels import cpu_native
-from maxstack.models.generation.matrix import ByOutput, Panels, matrix, native
+from maxstack.models.attention import AttentionConfig
+from maxstack.models.feed_forward import FeedForwardConfig
+from maxstack.models.generation.matrix import ByOutput, Panels, matrix, native, shortened
+from maxstack.models.generation.panel_stack import PanelStack
 from maxstack.models.layers import Embedding, Linear, RMSNorm, Weight, soft_cap
 from maxstack.models.moe import MoE
-from maxstack.models.packed import PackedMatrix
+from maxstack.models.packed import Packed, PackedLinear, PackedMatrix, PackedPanels
 from maxstack.models.transformer import Transformer
+from maxstack.models.tree import named_variables
 
 Replacements = Mapping[type, Callable[[Any], Any]]
 
@@ -28,7 +32,7 @@ class Unstacked(NamedTuple):
     blocks: tuple[Any, ...]
     outer: Transformer
     """The model without its stacks and output projection."""
-    head: Panels | ByOutput | PackedMatrix
+    head: Panels | ByOutput | PackedPanels | PackedMatrix
     """The output projection [d, v]."""
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
@@ -38,13 +42,34 @@ class Unstacked(NamedTuple):
         return soft_cap(y if config.logit_scale == 1.0 else y * config.logit_scale, config.logit_softcap)
 
 
-class RowsLinear(nnx.Module):
-    """A Linear for products with rows of tokens."""
+class Looped(NamedTuple):
+    """A model with its layers in stacks for a loop that cuts none of their matrices out."""
 
-    def __init__(self, linear: Linear, dtype: jnp.dtype):
-        w, contract = np.asarray(linear.w[...]), linear.contract
-        self.inputs, self.outputs = w.shape[:contract], w.shape[contract:]
-        self.w = matrix(w.reshape(math.prod(self.inputs), -1).T, dtype)
+    model: Transformer
+    """Without its output projection."""
+    head: Panels | PackedMatrix | PackedPanels
+
+    def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """As `Transformer.logits`, of few tokens."""
+        return Unstacked((), self.model, self.head).logits(x)
+
+
+class RowsLinear(nnx.Module):
+    """A Linear for products with rows of tokens; with `threads`, those of all layers of a stack."""
+
+    def __init__(self, linear: Linear | PackedLinear, dtype: jnp.dtype, threads: Executor | None = None):
+        if isinstance(linear, PackedLinear):
+            self.inputs, self.outputs = linear.inputs, linear.outputs
+            self.w: Any = PackedPanels(linear.w.weight)
+        else:
+            w, contract = np.asarray(linear.w[...]), linear.contract
+            own = w.shape[w.ndim - len(linear.axes) :]
+            self.inputs, self.outputs = own[:contract], own[contract:]
+            w_io = w.reshape(*w.shape[: w.ndim - len(own)], math.prod(self.inputs), -1)
+            if threads is None:
+                self.w = matrix(w_io.T, dtype)
+            else:
+                self.w = PanelStack(w_io.swapaxes(1, 2), threads)
         self.b = linear.b
 
     def __call__(self, x: Float[Array, "b t ..."]) -> Float[Array, "b t ..."]:
@@ -72,8 +97,14 @@ class RowsNorm(nnx.Module):
 
 def for_rows(dtype: jnp.dtype) -> Replacements:
     """What modules become on a CPU."""
-    norms: Replacements = {RMSNorm: RowsNorm} if native() else {}
-    return {Linear: lambda linear: RowsLinear(linear, dtype), **norms}
+
+    def rows(linear: Linear | PackedLinear) -> RowsLinear:
+        return RowsLinear(linear, dtype)
+
+    if not native():
+        return {Linear: rows}
+    experts: Replacements = {PackedMatrix: lambda matrix: PackedPanels(matrix.weight)}
+    return {Linear: rows, RMSNorm: RowsNorm, PackedLinear: rows, **experts}
 
 
 # The weights of products that modules of these types hold themselves.
@@ -108,7 +139,7 @@ def unstack(model: Transformer) -> Unstacked:
         layer, repeat = which
         # By way of numpy, which takes a layer from a stack without compiling anything, and lays it out in any thread.
         own = jax.tree.map(lambda leaf: np.asarray(leaf)[repeat], layer)
-        return jax.tree.map(jnp.asarray, cast_products(own, dtype, replace))
+        return placed(cast_products(own, dtype, replace), dtype)
 
     layers = [
         (layer, repeat)
@@ -118,13 +149,80 @@ def unstack(model: Transformer) -> Unstacked:
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         blocks = list(pool.map(one, layers))
+    return Unstacked(tuple(blocks), *without_stacks(model, replace))
+
+
+def can_loop(model: Transformer) -> bool:
+    """Whether the layers hold no matrices but those that `looped` lays out, and C++ reads them."""
+    plain = (AttentionConfig, FeedForwardConfig)
+    blocks = [block for stack in model.config.stacks for block in stack.pattern]
+    return (
+        native()
+        and model.config.dtype == "float32"
+        and all(type(part) in plain for block in blocks for part in (block.attention, block.feed_forward))
+        and not any(isinstance(v, Packed) for v in named_variables(model.stacks).values())
+    )
+
+
+def looped(model: Transformer, use_up: bool = False) -> Looped:
+    """The model with its layers in stacks, their products' weights laid out by output: a program is no longer for more
+    layers, nor longer in coming. With `use_up` the model's own are deleted one after the other, so that there never
+    are two of all."""
+    dtype = jnp.dtype(model.config.dtype)
+    outer, head = without_stacks(model, for_rows(dtype))
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+
+        def laid_out(linear: Linear) -> RowsLinear:
+            rows = RowsLinear(linear, dtype, threads)
+            if use_up:
+                linear.w[...].delete()
+            return rows
+
+        replace = {**for_rows(dtype), Linear: laid_out}
+        outer.stacks = nnx.List([with_parts(cast(Any, stack), lambda part: part) for stack in model.stacks])
+        for stack in outer.stacks:
+            layers = cast(Any, stack).layers
+            stack.layers = nnx.List([placed(cast_products(layer, dtype, replace), dtype) for layer in layers])
+    return Looped(outer, cast(Any, head))
+
+
+def without_stacks(model: Transformer, replace: Replacements) -> tuple[Transformer, Any]:
+    """What is around the layers, and the output projection."""
+    dtype = jnp.dtype(model.config.dtype)
     outer = with_parts(model, lambda part: part)
     head, outer.stacks, outer.head = outer.head, nnx.List([]), None
-    outer = cast_products(outer, dtype, replace)
+    outer = jax.tree.map(np.asarray, outer)
+    replace = {**replace, Embedding: lambda embedding: with_short_table(embedding, dtype)}
+    outer = placed(cast_products(outer, dtype, replace), dtype)
     if isinstance(head, PackedMatrix):
-        return Unstacked(tuple(blocks), outer, head)
-    table = model.embedding.table[...] if head is None else np.asarray(head[...]).T
-    return Unstacked(tuple(blocks), outer, matrix(table, dtype))
+        return outer, PackedPanels(head.weight) if native() else head
+    table = np.asarray(model.embedding.table[...]) if head is None else np.asarray(head[...]).T
+    return outer, matrix(table, dtype)
+
+
+def with_short_table(embedding: Embedding, dtype: jnp.dtype) -> Embedding:
+    """The token table in the compute type, or in bfloat16 where that changes none of its numbers: rows are cast."""
+    copy = with_parts(embedding, lambda part: part)
+    table = np.asarray(embedding.table[...])
+    table = shortened(table) if dtype == jnp.float32 else table.astype(dtype)
+    copy.table = Weight(table, axes=embedding.table.get_metadata()["axes"])
+    return copy
+
+
+LAID_OUT = (Panels, PanelStack, PackedPanels, Embedding, Packed)
+"""What has its own types by now."""
+
+
+def placed(module: Any, dtype: jnp.dtype) -> Any:
+    """A module of arrays on the device; scales and offsets of bfloat16 in the compute type."""
+
+    def place(part: Any) -> Any:
+        if isinstance(part, LAID_OUT):
+            return jax.device_put(part)
+        part = np.asarray(part)
+        return jax.device_put(part.astype(dtype) if part.dtype == jnp.bfloat16 else part)
+
+    return jax.tree.map(place, module, is_leaf=lambda part: isinstance(part, LAID_OUT))
 
 
 def with_parts[M](module: M, change: Callable[[Any], Any]) -> M:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from maxstack.kernels.paged_attention import KVCache, append_kv, append_latent
 from maxstack.models.attention import Context
 from maxstack.models.decode import enter
+from maxstack.models.generation.panel_stack import held_back
 from maxstack.models.generation.weights import Unstacked
 from maxstack.models.paged.layer import Paged
 from maxstack.models.paged.pools import Pools, of_repeat
@@ -66,16 +67,18 @@ def advance_stack(
 ) -> tuple[Float[Array, "b t d"], tuple]:  # fmt: skip
     """`advance` through one stack."""
 
+    arrays, layers_of = held_back(stack.layers)
+
     def period(carry: tuple, indexed: tuple) -> tuple[tuple, None]:
         x, pools = carry
-        repeat, blocks = indexed
+        repeat, cut = indexed
         written = []
-        for block, pool in zip(blocks, pools, strict=True):
+        for block, pool in zip(layers_of(cut, repeat), pools, strict=True):
             x, pool, _ = block(x, tables, context, paged(chunk, pool, repeat, config.repeats, writes=True))
             written.append(pool)
         return (x, tuple(written)), None
 
-    (x, pools), _ = jax.lax.scan(period, (x, pools), (jnp.arange(config.repeats), stack.layers))
+    (x, pools), _ = jax.lax.scan(period, (x, pools), (jnp.arange(config.repeats, dtype=jnp.int32), arrays))
     return x, pools
 
 

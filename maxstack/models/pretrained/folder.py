@@ -29,6 +29,8 @@ CONFIG_FILE = "config.json"
 CONFIG_BYTES = 16 * 2**20
 """Longest config.json that is read (bytes): published ones have a few thousand."""
 Dtype = Literal["bfloat16", "float32"]
+FILED = "filed"
+"""Weights are kept in the file's own type."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -52,8 +54,8 @@ def load_folder(
 ) -> Transformer:  # fmt: skip
     """The model of a folder. Raises UserError for whatever is wrong with the folder.
 
-    `dtype` is the compute type, `kept` that of the weights (default: the compute type); `packed` holds those of linear
-    layers in few bits.
+    `dtype` is the compute type, `kept` that of the weights (default: the compute type; FILED: bfloat16 where all of the
+    file is); `packed` holds those of linear layers in few bits.
     """
     values = read_json(folder / CONFIG_FILE)
     family, config = read_config(values, str(folder / CONFIG_FILE))
@@ -76,11 +78,13 @@ def load_tensors(
 ) -> Transformer:  # fmt: skip
     """A model of `config` with the tensors of `source`, on one device or sharded over `mesh`."""
     config = dataclasses.replace(config, dtype=dtype or natural_dtype(source), remat="none")
-    abstract = tree.abstract(lambda: config.build(jax.random.key(0)))
+    abstract = tree.abstract_model(config)
     table, places = family.table(config), family.entries(config)
     head = table.get("head")  # some files hold it although it is the token table
     unused = [*family.not_needed(config), *([re.escape(head)] if isinstance(head, str) else [])]
     in_file = {entry.leaf for entry in places}
+    if kept == FILED:
+        kept = "bfloat16" if {source.info(name).dtype for name in source.names()} == {"bfloat16"} else None
     weights = jnp.dtype(kept or config.dtype)
     buffers = tree.buffer_names(abstract)
     shapes = {

@@ -6,7 +6,6 @@
 import dataclasses
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -128,19 +127,14 @@ def holds_one_more(name: str, pattern: str | None) -> bool:
 
 
 def load_gguf(
-    file: Path, *, dtype: Dtype | None = None, mesh: Mesh | None = None, kept: str | None = None,
+    source: GGUF, *, dtype: Dtype | None = None, mesh: Mesh | None = None, kept: str | None = None,
     packed: Kind | None = None,
-) -> tuple[Transformer, Mapping[str, Any]]:  # fmt: skip
-    """The model of a GGUF file and the file's metadata. Weights are decoded to `kept`, by default the compute type, and
-    those of linear layers then packed in few bits if asked for."""
-    source = GGUF(file)
-    try:
-        names = frozenset(source.names())
-        factors = {name: source.read(name) for name in TENSORS if name in names}
-        row, family, config = described(source.metadata, names, factors, str(file))
-        shapes = {entry.source: entry.form.shape for entry in family.entries(config)}
-        stored = Stored(source, shapes, row.one_more)
-        model = load_tensors(family, config, stored, dtype=dtype, mesh=mesh, kept=kept, packed=packed)
-        return model, source.metadata
-    finally:
-        source.close()
+) -> Transformer:  # fmt: skip
+    """The model of a GGUF file. Weights are decoded to `kept`, by default the compute type, and those of linear layers
+    then packed in few bits if asked for."""
+    names = frozenset(source.names())
+    factors = {name: source.read(name) for name in TENSORS if name in names}
+    row, family, config = described(source.metadata, names, factors, source.where)
+    shapes = {entry.source: entry.form.shape for entry in family.entries(config)}
+    stored = Stored(source, shapes, row.one_more)
+    return load_tensors(family, config, stored, dtype=dtype, mesh=mesh, kept=kept, packed=packed)

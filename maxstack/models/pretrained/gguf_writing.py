@@ -19,6 +19,7 @@ from maxstack.models.families import Family, families, family_of
 from maxstack.models.families.family import untrained
 from maxstack.models.families.weights import Entry
 from maxstack.models.files import Export, TensorInfo, write_gguf
+from maxstack.models.files.gguf import GGUF
 from maxstack.models.pretrained.architectures import ARCHITECTURES, Architecture, factor_tensors
 from maxstack.models.pretrained.gguf import as_stored, described, holds_one_more, load_gguf
 from maxstack.models.pretrained.writing import (
@@ -194,7 +195,8 @@ def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
 
 def compared(model: Transformer, file: Path, held: Held, kind: str) -> dict[str, Any]:
     """The manifest. Raises RunError when the weights read again are not those meant, or the logits are not theirs."""
-    again, _ = load_gguf(file, dtype=model.config.dtype, kept=natural(model))
+    with GGUF(file) as source:
+        again = load_gguf(source, dtype=model.config.dtype, kept=natural(model))
     tokens = probe(model)
     given, exact = np.asarray(run(again, tokens)), np.asarray(run(model, tokens))
     more = {e.leaf for e in held.family.entries(model.config) if holds_one_more(e.source, held.row.one_more)}

@@ -61,3 +61,6 @@ class Constraint:
     value: Any = None
     after: str = ""
     """The form begins after this text, "</think>" say, and up to there the answer is free. "" for from the start."""
+    opening: str = ""
+    """With `after`: only an answer that begins with this text, "<think>" say, is free up to there; any other has the
+    form from its start. "" where what comes first is open already."""

@@ -100,7 +100,9 @@ class Grammars:
 
     def key(self, constraint: Constraint) -> str:
         """Equal for equal constraints. Raises BadConstraint for what is too large or no value of its kind."""
-        text = json.dumps([constraint.kind, constraint.after, checked_text(constraint, self.bounds)])
+        text = json.dumps(
+            [constraint.kind, constraint.after, constraint.opening, checked_text(constraint, self.bounds)]
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _find(self, key: str) -> Compiled | None:

@@ -42,16 +42,20 @@ def _plain(value: Any) -> Any:
 def grammar_of(constraint: Constraint, tokenizer: Tokenizer, bounds: Bounds) -> str:
     """The constraint as llguidance takes it. Raises BadConstraint."""
     grammar = SOURCES[constraint.kind](constraint.value, tokenizer, bounds)
-    return begun_after(constraint.after, grammar, tokenizer) if constraint.after else grammar
+    return begun_after(constraint, grammar, tokenizer) if constraint.after else grammar
 
 
-def begun_after(mark: str, grammar: str, tokenizer: Tokenizer) -> str:
-    """A grammar that begins when a text has come."""
-    lead = up_to(written(mark, special_tokens(tokenizer, [mark])))
+def begun_after(constraint: Constraint, grammar: str, tokenizer: Tokenizer) -> str:
+    """A grammar that begins when a text has come; or at once, where that need not be."""
+    mark, opening = constraint.after, constraint.opening
+    special = special_tokens(tokenizer, [mark, opening])
+    lead, before = up_to(written(mark, special)), 'lead ("\\n" "\\n"?)?'
+    if opening:
+        before = f"({written(opening, special)} {before})?"
     # llguidance leaves Lark as it is, and makes JSON of everything else.
     parts = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
     first, *others = parts
-    rules = f'start: lead ("\\n" "\\n"?)? @form\nTEXT: {ANYTHING}\n{lead}'
+    rules = f"start: {before} @form\nTEXT: {ANYTHING}\n{lead}"
     return json.dumps(
         {"grammars": [{"name": "led", "lark_grammar": rules}, {**first, "name": "form"}, *others]}
     )

@@ -5,11 +5,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from maxstack.chat.parsing import Parser, parser_for
+from maxstack.chat.parsing import Parser
 from maxstack.models.generation.params import SamplingParams
 from maxstack.serve.http.errors import refused
 from maxstack.serve.http.front import LONG, Front
+from maxstack.serve.http.manner import with_tools_told
 from maxstack.serve.http.schemas.chat import ChatRequest, Message
+from maxstack.serve.http.thoughts import ThoughtTokens
 
 RESERVED = frozenset({
     "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "supervise", "trust_assistant",
@@ -24,11 +26,8 @@ class Prompt:
     front: Front
     ids: list[int]
     text: str
-    style: str
-    """The name of a style of calls, or the chat template, which tells it."""
     tools: list[dict[str, Any]] | None
-    formed: bool = False
-    """The answer has a form from its first token: there are no thoughts before it."""
+    """Those that may be called."""
 
     def ended(self, params: SamplingParams) -> SamplingParams:
         """Parameters that end an answer where the template ends it."""
@@ -42,17 +41,15 @@ class Prompt:
 
     def parser(self) -> Parser:
         """What takes an answer to it apart."""
-        return parser_for(
-            self.style, vocabulary=self.front.tokenizer.added_tokens, tools=self.tools or [], prompt=self.text,
-            reasoning=not self.formed,
-        )  # fmt: skip
+        return self.front.manner.parser(self.text, self.tools)
+
+    def counter(self) -> ThoughtTokens:
+        """What counts its thoughts."""
+        return self.front.manner.counter(self.text, self.front.tokenizer)
 
 
-async def render(front: Front, asked: ChatRequest, formed: bool = False) -> Prompt:
-    """The prompt of a request, whose answer may be `formed` by a constraint.
-
-    Raises for messages that the template has no place for.
-    """
+async def render(front: Front, asked: ChatRequest) -> Prompt:
+    """The prompt of a request. Raises for messages that the template has no place for."""
     renderer = front.renderer
     messages = [plain_message(message, f"messages[{i}]") for i, message in enumerate(asked.messages)]
     if "developer" not in renderer.template:  # OpenAI's newer name for the same
@@ -66,13 +63,16 @@ async def render(front: Front, asked: ChatRequest, formed: bool = False) -> Prom
         )
     if asked.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", asked.reasoning_effort)
-    if formed:  # templates that think by default leave it then; to others it says nothing
-        variables.setdefault("enable_thinking", False)
+        if asked.reasoning_effort == "none":  # as other templates have it
+            variables.setdefault("enable_thinking", False)
     tools = None
     if asked.tools and asked.tool_choice != "none":
         tools = [tool.model_dump(exclude_none=True) for tool in asked.tools]
+    placed = front.manner.has_tools or not tools
+    if not placed:
+        messages = with_tools_told(messages, tools or [])
     options: dict[str, Any] = {
-        "tools": tools, "documents": asked.documents, "add_generation_prompt": opening,
+        "tools": tools if placed else None, "documents": asked.documents, "add_generation_prompt": opening,
         "continue_final_message": going_on, **variables,
     }  # fmt: skip
     size = sum(len(str(message)) for message in messages) + len(str(tools or ""))
@@ -80,8 +80,7 @@ async def render(front: Front, asked: ChatRequest, formed: bool = False) -> Prom
         rendered = await asyncio.to_thread(renderer, messages, **options)
     else:
         rendered = renderer(messages, **options)
-    style = front.settings.parser or renderer.template
-    return Prompt(front, rendered.ids, rendered.text, style, tools, formed)
+    return Prompt(front, rendered.ids, rendered.text, tools)
 
 
 def plain_message(message: Message, where: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from maxstack.config.errors import UserError
-from maxstack.serve.errors import EngineDead, RequestFailed
+from maxstack.serve.errors import EngineDead, RequestFailed, Unfinished
 from maxstack.serve.request import Full, Refused
 
 TYPES = {
@@ -58,6 +58,13 @@ def refused(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
+def ended(reason: str | None) -> ApiError:
+    """A request that was over before its answer was."""
+    if reason == "deadline":
+        return ApiError(504, "the request was not done within its time", code="deadline_exceeded")
+    return ApiError(503, f"the request was ended by the server: {reason}", code="cancelled")
+
+
 def error_of(error: BaseException) -> ApiError:
     """What a client is told of an error. Of a fault of ours it is told nothing: the log has it."""
     if isinstance(error, ApiError):
@@ -72,6 +79,8 @@ def error_of(error: BaseException) -> ApiError:
         return refused(str(error), code="context_length_exceeded" if long else None)
     if isinstance(error, EngineDead):
         return ApiError(503, str(error), code="engine_dead")
+    if isinstance(error, Unfinished):
+        return ended(error.reason)
     if isinstance(error, RequestFailed):
         return ApiError(500, str(error), code="generation_failed")
     if isinstance(error, HTTPException):

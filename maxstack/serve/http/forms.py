@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from maxstack.chat.parsing import style_for
+from maxstack.chat.parsing import Style
 from maxstack.serve.constrain.constraint import Constraint
 from maxstack.serve.constrain.tools import ToolCalls
 from maxstack.serve.http.errors import refused
@@ -55,9 +55,9 @@ def _guided(asked: Sampling) -> list[Named]:
     return found
 
 
-def calls_of(asked: ChatRequest, template: str, vocabulary: Any) -> Named | None:
+def calls_of(asked: ChatRequest, style: Style) -> Named | None:
     """The form that tools make of an answer: calls that must be, or whose arguments must fit; None where they are the
-    model's own affair."""
+    model's own affair. `style` is how the model writes them."""
     choice, tools = asked.tool_choice, [tool.model_dump(exclude_none=True) for tool in asked.tools or ()]
     names = [tool["function"]["name"] for tool in tools]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -71,13 +71,6 @@ def calls_of(asked: ChatRequest, template: str, vocabulary: Any) -> Named | None
     parallel = asked.parallel_tool_calls is not False
     if choice == "none" or not tools or not (required or strict or not parallel):
         return None
-    style = style_for(template, vocabulary)
-    if style is None:
-        raise refused(
-            "tool calls of this model have no form that could be required: its chat template is of no known style "
-            '(with tool_choice "auto", parallel and not strict, they are left to the model)',
-            "tool_choice",
-        )
     # Of a named function there is one call.
     parallel = parallel and not isinstance(choice, NamedTool)
     return "tools", Constraint(

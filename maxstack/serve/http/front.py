@@ -3,36 +3,30 @@
 import asyncio
 import functools
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from starlette.requests import Request
-
 from maxstack.chat.ends import Ends, ends_of
+from maxstack.chat.parsing import style_for
 from maxstack.config import UserError
 from maxstack.data.chat import ChatRenderer, renderer_for
 from maxstack.models.generation.params import SamplingParams
 from maxstack.serve.constrain.constraint import BadConstraint, Constraint
 from maxstack.serve.constrain.matching import Compiled
 from maxstack.serve.engine import AsyncEngine
-from maxstack.serve.http.errors import ApiError, ClientGone, refused
+from maxstack.serve.http.errors import ApiError, refused
+from maxstack.serve.http.manner import Manner, manner_of
 from maxstack.serve.http.operation import Operation, Seen
 from maxstack.serve.http.schemas.sampling import Sampling
 from maxstack.serve.http.settings import Settings
 from maxstack.serve.http.spelling import Spelling
-from maxstack.serve.http.sse import EventStream, error_event, gone
-from maxstack.serve.output import Delta, Output
 from maxstack.serve.stream import Stream
-
-LONG = 20_000
-"""Characters above which text is made into tokens beside the event loop, which others wait for."""
 
 if TYPE_CHECKING:
     from maxstack.serve.constrain.grammars import Grammars
 
-HOLD_S = 5.0
-"""Seconds for which a stream's first byte waits for its first token: until then an error still has a status."""
+LONG = 20_000
+"""Characters above which text is made into tokens beside the event loop, which others wait for."""
 
 
 @runtime_checkable
@@ -59,6 +53,8 @@ class Front:
             self.ends = ends_of(self._renderer, self.tokenizer)
         except UserError as error:  # a base model: the other routes work
             self._no_chat, self.ends = str(error), Ends((), ())
+        if settings.parser is not None:
+            style_for(settings.parser)  # a name that is not known is refused now
 
     @property
     def renderer(self) -> ChatRenderer:
@@ -66,6 +62,11 @@ class Front:
         if self._renderer is None:
             raise refused(f"this model cannot chat: {self._no_chat}", "messages", "no_chat_template")
         return self._renderer
+
+    @functools.cached_property
+    def manner(self) -> Manner:
+        """How the model writes calls and thoughts. Raises where it cannot chat."""
+        return manner_of(self.renderer, self.tokenizer, self.settings.parser)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -180,119 +181,3 @@ def adapters_of(engine: AsyncEngine) -> tuple[str, ...]:
     """Names of the adapters that are loaded."""
     adapters = getattr(engine, "adapters", None)
     return () if adapters is None else tuple(adapters.names())
-
-
-@contextmanager
-def closing(engine: AsyncEngine, streams: list[Stream], *, on_error: bool = False) -> Iterator[None]:
-    """End the streams at the end, or only if there is an error."""
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        if not (done and on_error):
-            for stream in streams:
-                engine.abort(stream.id)
-
-
-async def while_connected[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of some work, which is cancelled at once when the client leaves."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(gone(request.receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone
-        return working.result()
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def event_stream(
-    request: Request, events: AsyncGenerator[bytes], seen: Seen, settings: Settings,
-    spelled: Callable[[ApiError], bytes] = error_event,
-) -> EventStream:  # fmt: skip
-    """A response that streams, once its first event is there: what fails before has a status of its own."""
-    first = asyncio.ensure_future(anext(events))
-    leaving = asyncio.ensure_future(gone(request.receive))
-    kept = False
-    try:
-        await asyncio.wait({first, leaving}, timeout=HOLD_S, return_when=asyncio.FIRST_COMPLETED)
-        if leaving.done() and not first.done():
-            raise ClientGone
-        if first.done():
-            first.result()
-        kept = True
-        return EventStream(first, events, seen, settings.keep_alive_s, spelled)
-    finally:
-        leaving.cancel()
-        if not kept:
-            first.cancel()
-        await asyncio.gather(leaving, *([] if kept else [first]), return_exceptions=True)
-        if not kept:
-            await events.aclose()
-
-
-async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Delta]]:
-    """What comes of several streams, with the number of its stream, until all are done."""
-    if len(streams) == 1:  # without a task a piece
-        while True:
-            delta = await streams[0].next()
-            yield 0, delta
-            if delta.finish_reason is not None:
-                return
-    tasks = {asyncio.ensure_future(stream.next()): i for i, stream in enumerate(streams)}
-    try:
-        while tasks:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=tasks.__getitem__):
-                i, delta = tasks.pop(task), task.result()
-                if delta.finish_reason is None:
-                    tasks[asyncio.ensure_future(streams[i].next())] = i
-                yield i, delta
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def wholes(streams: Sequence[Stream]) -> list[Output]:
-    """The whole answers; the first failure is raised as soon as it is there."""
-    # Not one after the other: the failure of the last would wait for all.
-    return list(await asyncio.gather(*(stream.whole() for stream in streams)))
-
-
-def best(outputs: Sequence[Output], n: int) -> list[Output]:
-    """The n likeliest answers, by the sum of their tokens' log-probabilities."""
-
-    return sorted(outputs, key=lambda output: -(output.cumulative_logprob or 0.0))[:n]
-
-
-def finish_of(reason: str | None, seen: Seen) -> str:
-    """A finish reason as OpenAI has it. Raises for an end that is a failure."""
-    if reason == "deadline":
-        raise ApiError(504, "the request was not done within its time", code="deadline_exceeded")
-    if reason not in ("stop", "length"):
-        raise ApiError(503, f"the request was ended by the server: {reason}", code="cancelled")
-    seen.finish_reasons.append(reason)
-    return reason
-
-
-def note_tokens(seen: Seen, tokens: int) -> None:
-    """Count tokens that have come."""
-    if tokens:
-        seen.last_token = time.monotonic()
-        seen.first_token = seen.first_token or seen.last_token
-        seen.completion_tokens += tokens
-
-
-def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
-    """As OpenAI counts."""
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }

@@ -43,7 +43,7 @@ class Gate:
         scope.setdefault("state", {})["seen"] = seen
         if self._operation is not None:
             self._operation.began(seen)
-        sending = Sending(send, seen, self._settings.send_s)
+        sending = Sending(send, seen)
         try:
             try:
                 self._look_at(scope, headers)
@@ -224,10 +224,10 @@ def replay(body: bytes, receive: Receive) -> Receive:
 
 
 class Sending:
-    """Sends with the request's id, notes the status, and gives up a reader that takes nothing."""
+    """Sends with the request's id, and notes the status. A reader that takes nothing is the server's to give up."""
 
-    def __init__(self, send: Send, seen: Seen, most_s: float):
-        self._send, self._seen, self._most_s = send, seen, most_s
+    def __init__(self, send: Send, seen: Seen):
+        self._send, self._seen = send, seen
 
     async def __call__(self, message: Message) -> None:
         """As ASGI has it."""
@@ -235,8 +235,4 @@ class Sending:
             self._seen.status = message["status"]
             own = [(b"x-request-id", self._seen.id.encode()), (b"x-content-type-options", b"nosniff")]
             message = {**message, "headers": [*message.get("headers", ()), *own]}
-        try:
-            async with asyncio.timeout(self._most_s):
-                await self._send(message)
-        except TimeoutError:
-            raise ClientGone from None
+        await self._send(message)

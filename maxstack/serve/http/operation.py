@@ -29,6 +29,8 @@ class Seen:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Of those, tokens of thoughts."""
     opened: float | None = None
     """When the engine was asked."""
     first_token: float | None = None

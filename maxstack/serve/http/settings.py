@@ -1,6 +1,7 @@
 """What the HTTP front is told at its start."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +16,8 @@ class Settings:
     """Without any, everybody may ask."""
     management_key: str | None = field(default=None, repr=False)
     """Without one, there are no management routes."""
+    tls: tuple[Path, Path] | None = None
+    """Files of the certificate (with its chain) and its key, in PEM; without them the server speaks plain HTTP."""
     cors_origins: tuple[str, ...] = ()
     """Web pages of these origins may ask; by default none but our own."""
     chat_template: str | None = None

@@ -12,17 +12,37 @@ from starlette.types import Receive, Scope, Send
 
 from maxstack.serve.http.errors import ApiError, ClientGone, error_of
 from maxstack.serve.http.operation import Seen
+from maxstack.serve.http.wire import Wire, wire_of
 
 log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+spelled = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+"""As JSON. One encoder for all: `json.dumps` makes one a call where it is told how to spell."""
 
 
 def event(data: Any, name: str | None = None) -> bytes:
     """One event."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = spelled(data)
     return f"event: {name}\ndata: {text}\n\n".encode() if name else f"data: {text}\n\n".encode()
+
+
+class Frame:
+    """Events that differ in a few values alone: all the rest is spelled once, not once a token."""
+
+    def __init__(self, data: Any, *holes: str, name: str | None = None):
+        """`holes` are values in `data`, in their order, in whose place others come."""
+        rest, self._parts = event(data, name).decode(), []
+        for hole in holes:
+            part, _, rest = rest.partition(spelled(hole))
+            self._parts.append(part)
+        self._last = rest
+
+    def __call__(self, *values: str | int) -> bytes:
+        """The event with these values."""
+        texts = [part + spelled(value) for part, value in zip(self._parts, values, strict=True)]
+        return ("".join(texts) + self._last).encode()
 
 
 def error_event(error: ApiError) -> bytes:
@@ -43,11 +63,11 @@ class EventStream(Response):
 
     def __init__(
         self, first: asyncio.Future[bytes], events: AsyncGenerator[bytes], seen: Seen, keep_alive_s: float,
-        spelled: Callable[[ApiError], bytes],
+        told: Callable[[ApiError], bytes],
     ):  # fmt: skip
-        """`first` is the first of the events, which others follow; `spelled` makes an event of an error."""
+        """`first` is the first of the events, which others follow; `told` makes an event of an error."""
         super().__init__()
-        self._spelled = spelled
+        self._told = told
         self._first, self._events, self._seen, self._keep_alive_s = first, events, seen, keep_alive_s
         self._sent = 0.0
         self.raw_headers = [
@@ -58,7 +78,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
-        sending = asyncio.ensure_future(self._send(send))
+        sending = asyncio.ensure_future(self._send(send, wire_of(scope)))
         others = {asyncio.ensure_future(gone(receive)), asyncio.ensure_future(self._pulse(send))}
         try:
             await asyncio.wait({sending, *others}, return_when=asyncio.FIRST_COMPLETED)
@@ -73,11 +93,14 @@ class EventStream(Response):
         elif error is not None:
             await send({"type": "http.response.body", "body": self._failed(error), "more_body": False})
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, wire: Wire | None) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": await self._first, "more_body": True})
         async for chunk in self._events:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            if wire is not None and wire.free:
+                wire.write(chunk)
+            else:  # which waits for the client to take what there is
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
             self._sent = time.monotonic()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -96,4 +119,4 @@ class EventStream(Response):
         self._seen.error = told.code or told.body["error"]["type"]
         if told.code == "internal_error":
             log.error("a stream has failed", exc_info=error)
-        return self._spelled(told)
+        return self._told(told)

@@ -2,7 +2,9 @@
 
 import ipaddress
 import socket
+import ssl
 from collections.abc import Sequence
+from pathlib import Path
 
 from maxstack.config import UserError
 
@@ -28,6 +30,21 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def checked_tls(cert: Path | None, key: Path | None) -> tuple[Path, Path] | None:
+    """The two files, if they belong together. Raises UserError where they do not, or one is missing."""
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise UserError("--tls-cert and --tls-key go together: give the certificate and its key, both in PEM")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=lambda: "")
+    except (OSError, ValueError) as error:  # ssl's own are OSErrors
+        raise UserError(
+            f"--tls-cert {cert} and --tls-key {key} are no certificate and key in PEM without a password: {error}"
+        ) from error
+    return cert, key
+
+
 def listening(host: str, port: int) -> socket.socket:
     """A socket to which one can connect at once. Raises UserError where the address cannot be had."""
     try:
@@ -49,10 +66,9 @@ def listening(host: str, port: int) -> socket.socket:
     return sock
 
 
-def url_of(sock: socket.socket) -> str:
+def url_of(sock: socket.socket, scheme: str = "http") -> str:
     """Where to ask."""
-    host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://{address_of(*sock.getsockname()[:2])}"
 
 
 def address_of(host: str, port: int) -> str:

@@ -41,6 +41,7 @@ COUNTERS = {
     "spec_decode_num_accepted_tokens": "Guesses that came true.",
     "plans": "Plans that the scheduler made.",
     "plan_tokens_dropped": "Tokens computed past the end of their sequence.",
+    "replayed_tokens": "Tokens that rows said again after they were preempted, in invariant mode.",
     "chunk_padding_tokens": "Padding in the chunks of prompts.",
     "cache_losses": "Times the device lost the cache, and the engine began afresh.",
 }

@@ -20,6 +20,8 @@ class Phases:
         self._began = self._here - before_s
         self.seconds: dict[str, float] = {IMPORT: before_s} if before_s else {}
         """Of the phases that are over; READY is the whole start."""
+        if before_s:
+            self._say(f"{IMPORT:8} {before_s:6.1f} s  what reads and runs a model")
         self.now = LOAD
         """The phase at hand."""
         self.done = self.of = 0

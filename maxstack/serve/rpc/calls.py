@@ -84,7 +84,9 @@ def _refusing(error: ApiError) -> grpc.RpcMethodHandler:
 
 
 @contextlib.contextmanager
-def watched(method: str, context: Any, operation: Operation | None) -> Iterator[Seen]:
+def watched(
+    method: str, context: Any, settings: Settings, operation: Operation | None
+) -> Iterator[Seen]:  # fmt: skip
     """A call on its way: recorded, refused while the server takes none, its errors as `Failed`."""
     headers = headers_of(context.invocation_metadata())
     asked = headers.get("x-request-id", "")
@@ -96,6 +98,7 @@ def watched(method: str, context: Any, operation: Operation | None) -> Iterator[
     if operation is not None:
         operation.began(seen)
     try:
+        seen.tenant = check_key(seen.path, headers, settings)
         if operation is not None and (no := operation.refusal(WORK)) is not None:
             raise no
         yield seen

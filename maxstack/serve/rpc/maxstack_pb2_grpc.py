@@ -64,6 +64,11 @@ class MaxstackStub:
                 request_serializer=maxstack_dot_serve_dot_rpc_dot_maxstack__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=maxstack_dot_serve_dot_rpc_dot_maxstack__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/maxstack.v1.Maxstack/Embed',
+                request_serializer=maxstack_dot_serve_dot_rpc_dot_maxstack__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=maxstack_dot_serve_dot_rpc_dot_maxstack__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.ModelInfo = channel.unary_unary(
                 '/maxstack.v1.Maxstack/ModelInfo',
                 request_serializer=maxstack_dot_serve_dot_rpc_dot_maxstack__pb2.ModelInfoRequest.SerializeToString,
@@ -113,6 +118,13 @@ class MaxstackServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Texts or tokens as vectors.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ModelInfo(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -151,6 +163,11 @@ def add_MaxstackServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=maxstack_dot_serve_dot_rpc_dot_maxstack__pb2.DetokenizeRequest.FromString,
                     response_serializer=maxstack_dot_serve_dot_rpc_dot_maxstack__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=maxstack_dot_serve_dot_rpc_dot_maxstack__pb2.EmbedRequest.FromString,
+                    response_serializer=maxstack_dot_serve_dot_rpc_dot_maxstack__pb2.EmbedResponse.SerializeToString,
             ),
             'ModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.ModelInfo,
@@ -320,6 +337,33 @@ class Maxstack:
             '/maxstack.v1.Maxstack/Detokenize',
             maxstack_dot_serve_dot_rpc_dot_maxstack__pb2.DetokenizeRequest.SerializeToString,
             maxstack_dot_serve_dot_rpc_dot_maxstack__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maxstack.v1.Maxstack/Embed',
+            maxstack_dot_serve_dot_rpc_dot_maxstack__pb2.EmbedRequest.SerializeToString,
+            maxstack_dot_serve_dot_rpc_dot_maxstack__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

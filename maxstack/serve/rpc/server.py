@@ -81,7 +81,11 @@ async def grpc_served(
     names = (NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     try:
-        port = server.add_insecure_port(address)
+        if settings.tls is None:
+            port = server.add_insecure_port(address)
+        else:
+            cert, key = (file.read_bytes() for file in settings.tls)
+            port = server.add_secure_port(address, grpc.ssl_server_credentials([(key, cert)]))
     except RuntimeError as error:
         raise UserError(
             f"--grpc-port: {address} cannot be listened on: choose another one, or 0 for any"

@@ -5,29 +5,24 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 import maxstack
+from maxstack.models.generation.output import TokenLogprobs
 from maxstack.serve.engine import Stream
+from maxstack.serve.http.counted import finish_of, note_tokens
 from maxstack.serve.http.errors import ClientGone, refused
-from maxstack.serve.http.front import (
-    Front,
-    adapters_of,
-    best,
-    closing,
-    finish_of,
-    merged,
-    note_tokens,
-    wholes,
-)
+from maxstack.serve.http.front import Front, adapters_of
 from maxstack.serve.http.operation import Operation, Seen
 from maxstack.serve.http.routes import chat, completions
+from maxstack.serve.http.routes.embeddings import embedded
 from maxstack.serve.http.said import CallStart, Parser, delta_of
 from maxstack.serve.http.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from maxstack.serve.http.streams import best, closing, merged, wholes
 from maxstack.serve.output import Delta
 from maxstack.serve.rpc import maxstack_pb2 as pb
 from maxstack.serve.rpc.calls import Failed, code_of, trailing, watched
-from maxstack.serve.rpc.translate import calls_of, chat_of, checked, completion_of, logprobs_of
+from maxstack.serve.rpc.translate import calls_of, chat_of, checked, completion_of, embedding_of, logprobs_of
 
 Context = Any  # grpc hands over another class than the one it documents
-Job = completions.Job | chat.Job
+Job = completions.Completion | chat.Chat
 
 
 class Service:
@@ -78,9 +73,10 @@ class Service:
         async def work(seen: Seen) -> pb.TokenizeResponse:
             front = self._front
             front.adapter(request.model if request.HasField("model") else None)
-            text = checked(TokenizeRequest, {"prompt": request.text}).prompt or ""
-            plain = request.HasField("add_special_tokens") and not request.add_special_tokens
-            ids = front.tokenizer.encode(text) if plain else front.engine.ids(text)
+            names = ("add_special_tokens", "parse_special")
+            given = {name: getattr(request, name) for name in names if request.HasField(name)}
+            asked = checked(TokenizeRequest, {"prompt": request.text} | given)
+            [ids] = await front.ids_of([request.text], asked.add_special_tokens, asked.parse_special)
             return pb.TokenizeResponse(ids=ids, max_length=front.engine.limits.max_length)
 
         return await self._answer("Tokenize", context, work)
@@ -99,6 +95,17 @@ class Service:
 
         return await self._answer("Detokenize", context, work)
 
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        """Texts or tokens as vectors."""
+
+        async def work(seen: Seen) -> pb.EmbedResponse:
+            asked = within(embedding_of(request), context)
+            told = await embedded(self._front, asked, seen)
+            vectors = [pb.Vector(values=one["embedding"]) for one in told["data"]]
+            return pb.EmbedResponse(model=seen.model, vectors=vectors, prompt_tokens=seen.prompt_tokens)
+
+        return await self._answer("Embed", context, work)
+
     async def ModelInfo(self, request: pb.ModelInfoRequest, context: Context) -> pb.ModelInfoResponse:
         """What is served."""
 
@@ -114,7 +121,7 @@ class Service:
     async def _answer[T](self, method: str, context: Context, work: Callable[[Seen], Awaitable[T]]) -> T:
         """One answer to one request."""
         try:
-            with watched(method, context, self._operation) as seen:
+            with watched(method, context, self._front.settings, self._operation) as seen:
                 return await work(seen)
         except Failed as failed:
             return await refuse(context, failed)
@@ -122,7 +129,7 @@ class Service:
     async def _stream(self, method: str, context: Context, begin: Callable[[Seen], Awaitable[Job]]) -> None:
         """Answers as they come. A reader that takes nothing for long is given up."""
         try:
-            with watched(method, context, self._operation) as seen:
+            with watched(method, context, self._front.settings, self._operation) as seen:
                 job = await begin(seen)
                 async for piece in self._pieces(job, seen):
                     await send(context, piece, self._front.settings.send_s)
@@ -134,12 +141,13 @@ class Service:
         with closing(self._front.engine, streams):
             outputs = await wholes(streams)
         note_tokens(seen, sum(len(output.token_ids) for output in outputs))
+        of_prompt = outputs[0].prompt_logprobs
         outputs = best(outputs, job.asked.answers) if job.asked.tries > job.asked.answers else outputs
         answers = []
         for i, output in enumerate(outputs):
-            shown = (output.logprobs or []) if shows_logprobs(job) else []
+            shown = (output.logprobs or []) if job.wants_logprobs else []
             delta = Delta(output.token_ids, output.text, shown, output.finish_reason)
-            answers.append(Writer(job, i, seen).answer(delta))
+            answers.append(Writer(job, i, seen).answer(delta, of_prompt if not i else None))
         return pb.GenerateResponse(
             id=job.id, model=job.model, answers=answers, usage=usage_of(job, streams, seen)
         )
@@ -148,10 +156,14 @@ class Service:
         streams = job.open()
         with closing(self._front.engine, streams):
             writers = [Writer(job, i, seen) for i in range(len(streams))]
+            told = False
             async for i, delta in merged(streams):
                 note_tokens(seen, len(delta.token_ids))
                 if delta.token_ids or delta.text or delta.finish_reason:
-                    yield pb.GenerateResponse(id=job.id, model=job.model, answers=[writers[i].answer(delta)])
+                    of_prompt = None if told or i else streams[0].answer.output.prompt_logprobs
+                    told |= not i
+                    answer = writers[i].answer(delta, of_prompt)
+                    yield pb.GenerateResponse(id=job.id, model=job.model, answers=[answer])
             yield pb.GenerateResponse(id=job.id, model=job.model, usage=usage_of(job, streams, seen))
 
 
@@ -160,11 +172,15 @@ class Writer:
 
     def __init__(self, job: Job, index: int, seen: Seen):
         self._job, self._index, self._seen = job, index, seen
-        self._parser: Parser | None = job.parser() if isinstance(job, chat.Job) else None
+        talk = isinstance(job, chat.Chat)
+        self._parser: Parser | None = job.parser() if talk else None
+        self._thoughts = job.prompt.counter() if talk else None
         self._called = False
 
-    def answer(self, delta: Delta) -> pb.Answer:
-        """What a piece of the engine's answer says."""
+    def answer(self, delta: Delta, of_prompt: list[TokenLogprobs | None] | None = None) -> pb.Answer:
+        """What a piece of the engine's answer says, and what is known of the prompt."""
+        if self._thoughts is not None:
+            self._seen.reasoning_tokens += self._thoughts.take(delta.token_ids)
         text, said = delta.text, {}
         if self._parser is not None:
             pieces = [*self._parser.feed(text), *(self._parser.end() if delta.finish_reason else ())]
@@ -175,7 +191,8 @@ class Writer:
         return pb.Answer(
             index=self._index, text=text, token_ids=delta.token_ids,
             reasoning_content=said.get("reasoning_content", ""), tool_calls=calls_of(said.get("tool_calls", ())),
-            logprobs=logprobs_of(delta.logprobs) if shows_logprobs(self._job) else (),
+            logprobs=logprobs_of(delta.logprobs) if self._job.wants_logprobs else (),
+            prompt_logprobs=logprobs_of(of_prompt or ()),
             finish_reason="tool_calls" if self._called and reason == "stop" else reason,
         )  # fmt: skip
 
@@ -195,17 +212,12 @@ def within[T: Any](asked: T, context: Context) -> T:
     return asked if left is None else asked.model_copy(update={"timeout_s": max(left, 0.001)})
 
 
-def shows_logprobs(job: Job) -> bool:
-    """Whether the answer shows log-probabilities."""
-    return job.wants_logprobs if isinstance(job, chat.Job) else job.asked.logprobs is not None
-
-
 def usage_of(job: Job, streams: Sequence[Stream], seen: Seen) -> pb.Usage:
     """Of one prompt and its answers."""
     seen.cached_tokens = max(stream.answer.output.cached_tokens for stream in streams)
     return pb.Usage(
         prompt_tokens=len(streams[0].answer.output.prompt_token_ids), completion_tokens=seen.completion_tokens,
-        cached_tokens=seen.cached_tokens,
+        cached_tokens=seen.cached_tokens, reasoning_tokens=seen.reasoning_tokens,
     )  # fmt: skip
 
 

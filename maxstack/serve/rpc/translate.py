@@ -11,9 +11,14 @@ from maxstack.serve.http.errors import refused, validation_error
 from maxstack.serve.http.schemas.chat import ChatRequest
 from maxstack.serve.http.schemas.completions import CompletionRequest
 from maxstack.serve.http.schemas.sampling import finite
+from maxstack.serve.http.schemas.tokens import EmbeddingsRequest
 from maxstack.serve.rpc import maxstack_pb2 as pb
 
 LISTS = ("stop", "stop_token_ids")
+OF_COMPLETION = ("logprobs", "prompt_logprobs", "add_special_tokens", "parse_special")
+OF_CHAT = (
+    "parallel_tool_calls", "reasoning_effort", "add_generation_prompt", "continue_final_message",
+)  # fmt: skip
 
 
 def sampling_of(message: pb.Sampling) -> dict[str, Any]:
@@ -48,14 +53,13 @@ def completion_of(message: pb.GenerateRequest, *, stream: bool) -> CompletionReq
         )
     fields = sampling_of(message.sampling) | _model(message) | {"stream": stream}
     fields["prompt"] = list(message.token_ids.ids) if which == "token_ids" else message.text
-    if message.HasField("logprobs"):
-        fields["logprobs"] = message.logprobs
-    return checked(CompletionRequest, fields)
+    return checked(CompletionRequest, fields | _given(message, OF_COMPLETION))
 
 
 def chat_of(message: pb.ChatRequest, *, stream: bool) -> ChatRequest:
     """A chat. Raises ApiError for what HTTP would refuse too."""
     fields = sampling_of(message.sampling) | _model(message) | {"stream": stream}
+    fields |= _given(message, OF_CHAT)
     fields["messages"] = [_message(one) for one in message.messages]
     if message.tools:
         fields["tools"] = [{"type": "function", "function": _tool(tool)} for tool in message.tools]
@@ -68,6 +72,15 @@ def chat_of(message: pb.ChatRequest, *, stream: bool) -> ChatRequest:
     if message.HasField("top_logprobs"):
         fields |= {"logprobs": True, "top_logprobs": message.top_logprobs}
     return checked(ChatRequest, fields)
+
+
+def embedding_of(message: pb.EmbedRequest) -> EmbeddingsRequest:
+    """An embedding. Raises ApiError for what HTTP would refuse too."""
+    if bool(message.texts) == bool(message.token_ids):
+        raise refused("give one of texts and token_ids", "texts", "missing_required_parameter")
+    fields = _model(message) | _given(message, ("pooling", "normalize", "priority"))
+    fields["input"] = list(message.texts) or [list(one.ids) for one in message.token_ids]
+    return checked(EmbeddingsRequest, fields)
 
 
 def checked[T: BaseModel](schema: type[T], fields: dict[str, Any]) -> T:
@@ -101,15 +114,18 @@ def calls_of(calls: Iterable[dict[str, Any]]) -> list[pb.ToolCall]:
     ]  # fmt: skip
 
 
-def _model(message: pb.GenerateRequest | pb.ChatRequest) -> dict[str, Any]:
-    return {"model": message.model} if message.HasField("model") else {}
+def _model(message: pb.GenerateRequest | pb.ChatRequest | pb.EmbedRequest) -> dict[str, Any]:
+    return _given(message, ("model",))
+
+
+def _given(message: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Those of some fields that were given."""
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
 
 
 def _message(message: pb.Message) -> dict[str, Any]:
     fields: dict[str, Any] = {"role": message.role, "content": message.content}
-    for name in ("tool_call_id", "reasoning_content"):
-        if message.HasField(name):
-            fields[name] = getattr(message, name)
+    fields |= _given(message, ("tool_call_id", "reasoning_content", "name"))
     if message.tool_calls:
         fields["tool_calls"] = [
             {"id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
@@ -119,9 +135,7 @@ def _message(message: pb.Message) -> dict[str, Any]:
 
 
 def _tool(tool: pb.Tool) -> dict[str, Any]:
-    fields: dict[str, Any] = {"name": tool.name}
-    if tool.HasField("description"):
-        fields["description"] = tool.description
+    fields: dict[str, Any] = {"name": tool.name} | _given(tool, ("description", "strict"))
     if tool.HasField("parameters"):
         # A Struct has doubles alone, and a schema's counts are whole numbers.
         fields["parameters"] = _whole(MessageToDict(tool.parameters))

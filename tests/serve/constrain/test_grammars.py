@@ -303,6 +303,20 @@ def test_a_form_may_begin_after_the_thoughts(by_bytes, kind, value):
     assert bound is not by_bytes.compile_now(Constraint(kind, value))
 
 
+@pytest.mark.parametrize(("kind", "value"), AFTER)
+def test_a_form_may_begin_at_once_or_after_thoughts_that_are_begun(by_bytes, kind, value):
+    bound = by_bytes.compile_now(Constraint(kind, value, after="</think>", opening="<think>"))
+    matching = bound.start(PLAIN, BYTES.stop_ids, 257)
+    assert set(map(chr, matching.allowed())) == {"5", "<"}
+    matching.take(list(b"5"))
+    assert matching.over
+    matching = bound.start(PLAIN, BYTES.stop_ids, 257)
+    matching.take(list(b"<think>Is 5 < 6? </think>"))
+    assert set(map(chr, matching.allowed())) == {"5", "\n"}
+    matching.take(list(b"5"))
+    assert matching.over
+
+
 def test_a_grammar_is_of_one_vocabulary(by_bytes):
     bound = by_bytes.compile_now(Constraint("regex", "a"))
     with pytest.raises(UserError, match="257 tokens and the model has 300"):

@@ -38,11 +38,13 @@ LIMITS = Limits(
 SETTINGS = Settings(model_name="tiny", aliases=("gpt-tiny",), chat_template=TEMPLATE)
 
 
-def tiny_engine(tokenizer: Tokenizer | None = None, limits: Limits = LIMITS) -> AsyncEngine:
+def tiny_engine(
+    tokenizer: Tokenizer | None = None, limits: Limits = LIMITS, buckets: tuple[int, ...] = (1, 4)
+) -> AsyncEngine:
     """Ready to work."""
     tokenizer = tokenizer or byte_tokenizer()
     config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
-    engine = AsyncEngine(build(config), tokenizer, limits=limits, buckets=(1, 4))
+    engine = AsyncEngine(build(config), tokenizer, limits=limits, buckets=buckets)
     engine.warm_up()
     return engine
 
@@ -54,10 +56,13 @@ def client_of(url: str) -> Any:
 
 @contextmanager
 def served(
-    engine: AsyncEngine, settings: Settings = SETTINGS, operation: Operation | None = None
+    engine: AsyncEngine, settings: Settings = SETTINGS, operation: Operation | None = None, *, room: int = 0
 ) -> Iterator[str]:
-    """The address of a server that runs until the end of the block."""
+    """The address of a server that runs until the end of the block. `room` is how many bytes the system holds for a
+    client that does not read; by default what it likes."""
     with socket.socket() as own:
+        if room:  # before they are made, connections take it over from here
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
         own.bind(("127.0.0.1", 0))
         port = own.getsockname()[1]
         server = uvicorn.Server(server_config(create_app(engine, settings, operation=operation), settings))

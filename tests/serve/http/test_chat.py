@@ -33,12 +33,12 @@ SCHEMA = {
     "required": ["size", "sure"],
     "additionalProperties": False,
 }
-HERMES = "{# calls are <tool_call>{}</tool_call>, thoughts <think></think> #}" + TEMPLATE
+HERMES = "{# calls are <tool_call>{}</tool_call> #}" + TEMPLATE
 
 
 @pytest.fixture(scope="module")
 def caller(engine):
-    """A client of a model whose template has calls and thoughts."""
+    """A client of a model whose template has calls."""
     with served(engine, dataclasses.replace(SETTINGS, chat_template=HERMES)) as url:
         yield client_of(url)
 
@@ -261,9 +261,9 @@ def test_a_named_call_is_that_one_and_goes_back_with_its_result(caller):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_thoughts_and_calls_are_told_from_text(caller, stream):
+def test_calls_are_told_from_text(caller, stream):
     """The model says what it is made to say, its own affair otherwise."""
-    said = '<think>so</think>I call<tool_call>{"name": "lamp", "arguments": {"on": true}}</tool_call>'
+    said = 'I call<tool_call>{"name": "lamp", "arguments": {"on": true}}</tool_call>'
     asking = free(tools=TOOLS, extra_body={"guided_choice": [said]})
     if not stream:
         message = caller.chat.completions.create(**asking).choices[0].message

@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from tests.serve.http import raw
+from tests.serve.http.serving import settle
 
 SENTENCES = ["the cat", "a much longer sentence about nothing in particular"]
 
@@ -42,6 +43,13 @@ def test_fewer_dimensions_are_refused_with_the_number(client):
         client.embeddings.create(model="tiny", input="x", dimensions=3)
     with pytest.raises(openai.BadRequestError, match="256"):
         client.embeddings.create(model="tiny", input="x" * 300)
+
+
+def test_a_deadline_that_passes_is_504_for_vectors_too(url, engine):
+    body = {"model": "tiny", "input": ["x" * 200] * 8, "timeout_s": 0.0001}
+    answer = raw.post(url, body, path="/v1/embeddings")
+    assert (answer.status, answer.error["code"]) == (504, "deadline_exceeded")
+    settle(engine)
 
 
 def test_tokens_of_text_and_of_messages_and_back(url):

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import socket
 import threading
+from urllib.parse import urlsplit
 
 import pytest
 
-from maxstack.serve.http import front
+from maxstack.serve.http import streams
 from tests.serve.http import raw
 from tests.serve.http.serving import LETTERS, SETTINGS, served, settle
 
@@ -62,11 +64,26 @@ def test_who_leaves_before_the_first_token_ends_it_too(url, engine, ended, monke
     settle(engine)
 
 
+def test_who_stops_reading_is_cut_off_in_the_middle_and_its_pages_are_free(engine, ended, monkeypatch):
+    device, tick = engine._loop.device, threading.Event()
+    results = device.results
+    monkeypatch.setattr(device, "results", lambda launched: (tick.wait(0.02), results(launched))[1])
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "go on"}], "max_tokens": 230}
+    body |= {"stream": True, "logprobs": True, "top_logprobs": 20, "logit_bias": LETTERS}
+    with served(engine, dataclasses.replace(SETTINGS, send_s=0.3), room=4096) as url, socket.socket() as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.connect((urlsplit(url).hostname, urlsplit(url).port))
+        line.sendall(asked(body, "/v1/chat/completions"))
+        await_ends(ended, 1)
+        assert ended == ["cancelled"]
+        settle(engine)
+
+
 def test_an_error_inside_a_stream_is_an_error_event_and_the_stream_ends(url, engine, client, monkeypatch):
     import openai
 
     from maxstack.serve.errors import NotFinite
-    from maxstack.serve.loop import News
+    from maxstack.serve.news import News
 
     hear = engine._hear
 
@@ -93,7 +110,7 @@ def test_an_error_inside_a_stream_is_an_error_event_and_the_stream_ends(url, eng
 def test_a_stream_that_waits_begins_without_a_token_and_says_that_it_lives(engine, monkeypatch):
     """In a long queue nobody in between gives it up."""
     hear, held = engine._hear, []
-    monkeypatch.setattr(front, "HOLD_S", 0.05)
+    monkeypatch.setattr(streams, "HOLD_S", 0.05)
     monkeypatch.setattr(engine, "_hear", held.extend)
     with served(engine, dataclasses.replace(SETTINGS, keep_alive_s=0.05)) as url, raw.connected(url) as line:
         line.sendall(asked(LONG | {"stream": True, "max_tokens": 3}))

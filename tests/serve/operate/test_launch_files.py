@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from maxstack.processes import NAMES
 from maxstack.serve.arguments import parser
 from maxstack.serve.http.gate import OPEN
 from maxstack.serve.operate.metrics import Traffic
@@ -66,3 +67,16 @@ def test_the_manifest_s_command_probes_and_times_fit_the_server():
     mounted = {mount["name"]: mount["mountPath"] for mount in server["volumeMounts"]}
     assert str(args.api_key_file).startswith(mounted["keys"])
     assert set(mounted) == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_all_processes_of_several_hosts_are_started_alike_and_find_each_other():
+    documents = yaml.safe_load_all((LAUNCH / "serve_hosts_kubernetes.yaml").read_text())
+    [group] = [
+        each["spec"]["leaderWorkerTemplate"] for each in documents if each["kind"] == "LeaderWorkerSet"
+    ]
+    leader, worker = (group[f"{role}Template"]["spec"]["containers"][0] for role in ("leader", "worker"))
+    assert worker == {**leader, **dict.fromkeys(name for name in leader if name.endswith("Probe"))}
+    assert all(f"{name}=$LWS_" in leader["command"][2] for name in NAMES)
+    args = parser().parse_args(leader["args"][2:])
+    assert args.tensor == group["size"] * leader["resources"]["limits"]["nvidia.com/gpu"]
+    assert {leader[f"{probe}Probe"]["httpGet"]["path"] for probe in ("readiness", "liveness")} == OPEN

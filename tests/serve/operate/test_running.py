@@ -53,10 +53,12 @@ class Served:
 @contextlib.asynccontextmanager
 async def server(
     begin: Callable[[], None] = lambda: None, *, settings: Settings | None = None, ready: bool = True,
-    drain_s: float = 30.0, leave: Callable[[int], Any] = os._exit, **options: Any,
+    drain_s: float = 30.0, leave: Callable[[int], Any] = os._exit, engine: Any = None, verify: Any = True,
+    **options: Any,
 ) -> AsyncIterator[Served]:  # fmt: skip
-    """`begin` is called in the thread that starts; the server is asked to leave at the end, if it still runs."""
-    engine, operation = pretend_engine(), Operation("tiny", phases=Phases(), **options)
+    """`begin` is called in the thread that starts; the server is asked to leave at the end, if it still runs. Without
+    an `engine` it has a pretended one. `verify` is whom a client trusts where the settings have TLS."""
+    engine, operation = engine or pretend_engine(), Operation("tiny", phases=Phases(), **options)
     operation.routers += [probes(operation), management(operation)]
 
     def begun():
@@ -72,16 +74,17 @@ async def server(
             say=lambda text: None,
             leave=leave,
         )
-        url = url_of(sock)
+        url = url_of(sock, "https" if serving.settings.tls else "http")
         code = asyncio.create_task(serve(begun, operation, sock, serving))
-        async with httpx2.AsyncClient(base_url=url, timeout=30) as client:
+        async with httpx2.AsyncClient(base_url=url, timeout=30, verify=verify) as client:
             here = Served(client, operation, engine, code)
             try:
                 if ready:
                     await here.until_ready()
                 yield here
             finally:
-                engine._loop.device.go_on.set()
+                if (go_on := getattr(engine._loop.device, "go_on", None)) is not None:
+                    go_on.set()
                 if not code.done():
                     operation.drain_asked.set()
                 with contextlib.suppress(UserError):

@@ -1,7 +1,9 @@
 """Traces: only where they are asked for, children of whoever asked, with the times of the engine."""
 
 import asyncio
+import http.server
 import sys
+import threading
 
 import pytest
 
@@ -58,6 +60,46 @@ def test_what_fails_is_marked_as_an_error(spans):
     asyncio.run(work())
     [root] = [span for span in finished() if span.name.startswith("POST")]
     assert root.status.status_code.name == "ERROR"
+
+
+def test_a_collector_is_sent_the_spans_over_otlp(monkeypatch):
+    """What stands in for it listens here, and reads what OpenTelemetry's own exporter sends."""
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    heard: list[tuple[str, ExportTraceServiceRequest]] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            heard.append((self.path, ExportTraceServiceRequest.FromString(body)))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        for name in ("OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_SERVICE_NAME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+        made = tracer("1")
+        assert made is not None
+
+        async def work() -> None:
+            async with running.server(tracer=made) as here:
+                await here.client.post("/v1/completions", json=running.ASKED, headers={"traceparent": PARENT})
+
+        asyncio.run(work())  # the end of the server sends what waits
+        collector.shutdown()
+    assert {path for path, _ in heard} == {"/v1/traces"}
+    [resource] = [one for _, request in heard for one in request.resource_spans]
+    own = {one.key: one.value.string_value for one in resource.resource.attributes}
+    assert (own["service.name"], own["service.version"]) == ("maxstack", "1")
+    spans = {span.name: span for scope in resource.scope_spans for span in scope.spans}
+    assert {"POST /v1/completions", "queue", "prefill", "decode"} <= spans.keys()
+    assert spans["POST /v1/completions"].trace_id.hex() == PARENT.split("-")[1]
 
 
 def test_without_being_asked_for_or_without_the_library_there_are_none(monkeypatch, caplog):

@@ -187,6 +187,21 @@ def test_reflection_names_the_service_and_health_is_what_ready_says():
     run(work)
 
 
+def test_each_key_has_prefixes_of_its_own():
+    settings = Settings(model_name="tiny", api_keys=(KEY, KEY[::-1] + "2"), chat_template=TEMPLATE)
+
+    async def work() -> None:
+        async with served(settings) as here:
+            cached = []
+            for key in (*settings.api_keys, KEY):
+                metadata = (("authorization", f"Bearer {key}"),)
+                done = await here.stub.Generate(asked("a prompt of several pages", 1), metadata=metadata)
+                cached.append(done.usage.cached_tokens > 0)
+            assert cached == [False, False, True]
+
+    run(work)
+
+
 def test_who_leaves_or_runs_out_of_time_frees_its_pages():
     async def work() -> None:
         async with served() as here:

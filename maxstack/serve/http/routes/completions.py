@@ -1,36 +1,25 @@
 """POST /v1/completions."""
 
-import time
 import uuid
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from maxstack.models.generation.output import TokenLogprobs
 from maxstack.models.generation.params import SamplingParams
-from maxstack.serve.constrain.matching import Compiled
+from maxstack.serve.http.counted import finish_of
 from maxstack.serve.http.errors import refused
 from maxstack.serve.http.forms import form_of
-from maxstack.serve.http.front import (
-    Front,
-    best,
-    closing,
-    event_stream,
-    finish_of,
-    merged,
-    note_tokens,
-    usage,
-    while_connected,
-    wholes,
-)
+from maxstack.serve.http.front import Front
+from maxstack.serve.http.job import Job, answered, streamed
 from maxstack.serve.http.logprobs import legacy_logprobs, prompt_logprobs
 from maxstack.serve.http.operation import Seen
 from maxstack.serve.http.schemas.completions import CompletionRequest
 from maxstack.serve.http.spelling import Offsets
-from maxstack.serve.http.sse import DONE, event
+from maxstack.serve.http.sse import Frame, event
+from maxstack.serve.http.streams import closing, event_stream, while_connected
 from maxstack.serve.output import Delta, Output
 from maxstack.serve.stream import Stream
 
@@ -39,24 +28,29 @@ DEFAULT_NEW = 16
 
 
 @dataclass
-class Job:
-    """A completion on its way: what is asked, made ready. `texts` are the prompts, as `echo` shows them."""
+class Completion(Job):
+    """Prompts to be continued. `texts` are the prompts as `echo` shows them."""
 
-    front: Front
-    asked: CompletionRequest
-    seen: Seen
     prompts: list[list[int]]
     texts: list[str]
     params: list[SamplingParams]
-    adapter: str | None
-    constraint: Compiled | None = None
 
-    def __post_init__(self):
-        self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
-        self.model = self.asked.model or self.front.settings.model_name
+    prefix: ClassVar[str] = "cmpl"
+    whole_kind: ClassVar[str] = "text_completion"
+    chunk_kind: ClassVar[str] = "text_completion"
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts."""
+        return sum(map(len, self.prompts))
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the answer shows them."""
+        return self.asked.logprobs is not None
 
     def open(self) -> list[Stream]:
-        """Ask the engine: the answers to the first prompt, to the second, …"""
+        """Ask the engine."""
         streams: list[Stream] = []
         with closing(self.front.engine, streams, on_error=True):
             for p, (ids, params) in enumerate(zip(self.prompts, self.params, strict=True)):
@@ -66,13 +60,19 @@ class Job:
                 )  # fmt: skip
         return streams
 
-    def shell(self) -> dict[str, Any]:
-        """What answer and chunks begin with."""
-        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
+    def choice(self, index: int, prompt: int, output: Output, first: Output) -> dict[str, Any]:
+        """One whole answer."""
+        delta = Delta(output.token_ids, output.text, output.logprobs or [], output.finish_reason)
+        done = CompletionWriter(self, index, prompt, first).choice(delta)
+        if self.asked.prompt_logprobs is not None and first.prompt_logprobs is not None:
+            done["prompt_logprobs"] = prompt_logprobs(first.prompt_logprobs, self.front.spelling)
+        if self.asked.return_token_ids:
+            done["prompt_token_ids"] = self.prompts[prompt]
+        return done
 
-    def usage(self) -> dict[str, Any]:
-        """Of all prompts, each counted once."""
-        return usage(sum(map(len, self.prompts)), self.seen.completion_tokens, self.seen.cached_tokens)
+    def writer(self, index: int, first: Stream) -> "CompletionWriter":
+        """Of one answer."""
+        return CompletionWriter(self, index, index // self.asked.tries, first.answer.output)
 
 
 def completion_routes(front: Front) -> APIRouter:
@@ -89,7 +89,7 @@ def completion_routes(front: Front) -> APIRouter:
     return router
 
 
-async def ready(front: Front, asked: CompletionRequest, seen: Seen) -> Job:
+async def ready(front: Front, asked: CompletionRequest, seen: Seen) -> Completion:
     """Everything that can be wrong with a request is found here."""
     asked.check()
     adapter = front.adapter(asked.model)
@@ -108,7 +108,7 @@ async def ready(front: Front, asked: CompletionRequest, seen: Seen) -> Job:
     ]
     params = [settings_of(front, asked, ids) for ids in prompts]
     constraint = await front.compiled(form_of(asked))
-    return Job(front, asked, seen, prompts, texts, params, adapter, constraint)
+    return Completion(front, asked, seen, adapter, constraint, prompts, texts, params)
 
 
 def settings_of(front: Front, asked: CompletionRequest, ids: list[int]) -> SamplingParams:
@@ -123,73 +123,49 @@ def settings_of(front: Front, asked: CompletionRequest, ids: list[int]) -> Sampl
     return asked.params(most, logprobs=logprobs, prompt_logprobs=of_prompt)
 
 
-async def answered(job: Job) -> dict[str, Any]:
-    """The whole answer."""
-    streams = job.open()
-    with closing(job.front.engine, streams):
-        outputs = await wholes(streams)
-    note_tokens(job.seen, sum(len(output.token_ids) for output in outputs))
-    tries, choices = job.asked.tries, []
-    for p in range(len(job.prompts)):
-        own = outputs[p * tries : (p + 1) * tries]
-        job.seen.cached_tokens += max(output.cached_tokens for output in own)
-        of_prompt = own[0].prompt_logprobs  # of the first alone, which has read the prompt
-        for output in best(own, job.asked.answers) if tries > job.asked.answers else own:
-            choices.append(choice(job, len(choices), p, output, of_prompt))
-    return {**job.shell(), "choices": choices, "usage": job.usage()}
-
-
-def choice(
-    job: Job, index: int, prompt: int, output: Output, of_prompt: list[TokenLogprobs | None] | None
-) -> dict[str, Any]:
-    """One answer."""
-    writer = ChoiceWriter(job, index, prompt)
-    delta = Delta(output.token_ids, output.text, output.logprobs or [], output.finish_reason)
-    done = writer.made(delta, of_prompt)
-    if job.asked.prompt_logprobs is not None and of_prompt is not None:
-        done["prompt_logprobs"] = prompt_logprobs(of_prompt, job.front.spelling)
-    if job.asked.return_token_ids:
-        done["prompt_token_ids"] = job.prompts[prompt]
-    return done
-
-
-async def streamed(job: Job) -> AsyncGenerator[bytes]:
-    """The answer as events."""
-    streams = job.open()
-    with closing(job.front.engine, streams):
-        tries = job.asked.tries
-        writers = [ChoiceWriter(job, i, i // tries) for i in range(len(streams))]
-        async for i, delta in merged(streams):
-            note_tokens(job.seen, len(delta.token_ids))
-            if delta.token_ids or delta.text or delta.finish_reason:
-                of_prompt = streams[i - i % tries].answer.output.prompt_logprobs
-                yield event({**job.shell(), "choices": [writers[i].made(delta, of_prompt)]})
-        cached = [stream.answer.output.cached_tokens for stream in streams]
-        job.seen.cached_tokens = sum(max(cached[i : i + tries]) for i in range(0, len(cached), tries))
-        if job.asked.stream_options and job.asked.stream_options.include_usage:
-            yield event({**job.shell(), "choices": [], "usage": job.usage()})
-        yield DONE
-
-
-class ChoiceWriter:
+class CompletionWriter:
     """The pieces of one answer; the first has the prompt, where it is to be echoed."""
 
-    def __init__(self, job: Job, index: int, prompt: int):
-        self._job, self._index, self._prompt = job, index, prompt
+    def __init__(self, job: Completion, index: int, prompt: int, first: Output):
+        """`first` is the answer that has read the prompt, and knows its log-probabilities."""
+        self._job, self._index, self._prompt, self._first = job, index, prompt, first
         self._offsets = Offsets(job.front.tokenizer)
         self._begun = not job.asked.echo
+        self._shell, hole = job.shell(job.chunk_kind), uuid.uuid4().hex
+        plain = not (job.wants_logprobs or job.asked.return_token_ids)
+        self._text = Frame(self._data(self._made(hole, None, None)), hole) if plain else None
+        """A chunk that only has text."""
 
-    def made(self, delta: Delta, of_prompt: list[TokenLogprobs | None] | None) -> dict[str, Any]:
-        """A piece, as a choice of a chunk or of the answer."""
+    def begin(self) -> bytes:
+        """Nothing."""
+        return b""
+
+    def events(self, delta: Delta) -> bytes:
+        """A chunk, where there is something to say."""
+        if self._text is not None and self._begun and delta.finish_reason is None:
+            return self._text(delta.text) if delta.token_ids or delta.text else b""
+        if delta.token_ids or delta.text or delta.finish_reason:
+            return event(self._data(self.choice(delta)))
+        return b""
+
+    def choice(self, delta: Delta) -> dict[str, Any]:
+        """A piece, or all, as a choice of a chunk or of the answer."""
         asked, text = self._job.asked, delta.text
         ids, found = list(delta.token_ids), list[TokenLogprobs | None](delta.logprobs)
         if not self._begun:
             self._begun = True
             text = self._job.texts[self._prompt] + text
-            ids, found = [*self._job.prompts[self._prompt], *ids], [*(of_prompt or ()), *found]
+            ids = [*self._job.prompts[self._prompt], *ids]
+            found = [*(self._first.prompt_logprobs or ()), *found]
         logprobs = None
         if asked.logprobs is not None:
             logprobs = legacy_logprobs(ids, found, self._offsets.next(ids), self._job.front.spelling)
         reason = None if delta.finish_reason is None else finish_of(delta.finish_reason, self._job.seen)
-        made = {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        made = self._made(text, logprobs, reason)
         return made | ({"token_ids": list(delta.token_ids)} if asked.return_token_ids else {})
+
+    def _made(self, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
+        return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _data(self, choice: dict[str, Any]) -> dict[str, Any]:
+        return {**self._shell, "choices": [choice]}

@@ -11,10 +11,11 @@ from fastapi.responses import JSONResponse
 
 from maxstack.serve.embedding import Embedding
 from maxstack.serve.http.errors import refused
-from maxstack.serve.http.front import Front, while_connected
+from maxstack.serve.http.front import Front
 from maxstack.serve.http.operation import Seen
 from maxstack.serve.http.schemas.completions import as_list
 from maxstack.serve.http.schemas.tokens import EmbeddingsRequest
+from maxstack.serve.http.streams import while_connected
 
 
 def embedding_routes(front: Front) -> APIRouter:

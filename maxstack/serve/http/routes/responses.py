@@ -6,22 +6,15 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from maxstack.serve.http.counted import finish_of, note_tokens
 from maxstack.serve.http.errors import ApiError
-from maxstack.serve.http.front import (
-    Front,
-    closing,
-    event_stream,
-    finish_of,
-    merged,
-    note_tokens,
-    while_connected,
-    wholes,
-)
+from maxstack.serve.http.front import Front
 from maxstack.serve.http.items import as_chat
 from maxstack.serve.http.logprobs import chat_logprobs
-from maxstack.serve.http.routes.chat import Job, ready
+from maxstack.serve.http.routes.chat import Chat, ready
 from maxstack.serve.http.schemas.responses import ResponsesRequest
-from maxstack.serve.http.sse import event
+from maxstack.serve.http.sse import Frame, event
+from maxstack.serve.http.streams import closing, event_stream, merged, while_connected, wholes
 from maxstack.serve.http.written import Written, named
 
 
@@ -54,9 +47,10 @@ def error_event(error: ApiError) -> bytes:
 class Answering:
     """One response on its way."""
 
-    def __init__(self, asked: ResponsesRequest, job: Job):
+    def __init__(self, asked: ResponsesRequest, job: Chat):
         self._asked, self._job = asked, job
         self._id, self._written, self._number = named("resp"), Written(), 0
+        self._frames: dict[str, Frame] = {}
 
     async def answered(self) -> dict[str, Any]:
         """The whole response."""
@@ -66,6 +60,7 @@ class Answering:
             [output] = await wholes(streams)
         note_tokens(job.seen, len(output.token_ids))
         job.seen.cached_tokens = output.cached_tokens
+        job.seen.reasoning_tokens = job.thought_tokens(output)
         reason = finish_of(output.finish_reason, job.seen)
         logprobs = self._logprobs(output.logprobs or [])
         for _ in self._written.take([*parser.feed(output.text), *parser.end()], logprobs):
@@ -74,33 +69,44 @@ class Answering:
 
     async def streamed(self) -> AsyncGenerator[bytes]:
         """The response as events."""
-        job, parser = self._job, self._job.parser()
+        job, parser, thoughts = self._job, self._job.parser(), self._job.prompt.counter()
         streams = job.open()
         with closing(job.front.engine, streams):
-            begun, reason = False, "stop"
+            begun, reason = self._begin(), "stop"
             async for _, delta in merged(streams):
-                if not begun:
-                    begun = True
-                    for kind in ("response.created", "response.in_progress"):
-                        yield self._event({"type": kind, "response": self._response("in_progress")})
                 note_tokens(job.seen, len(delta.token_ids))
+                job.seen.reasoning_tokens += thoughts.take(delta.token_ids)
                 pieces = [*parser.feed(delta.text), *(parser.end() if delta.finish_reason else ())]
-                for told in self._written.take(pieces, self._logprobs(delta.logprobs)):
-                    yield self._event(told)
+                told = self._written.take(pieces, self._logprobs(delta.logprobs))
+                if events := begun + b"".join(map(self._event, told)):
+                    yield events
+                begun = b""
                 if delta.finish_reason is not None:
                     reason = finish_of(delta.finish_reason, job.seen)
             job.seen.cached_tokens = streams[0].answer.output.cached_tokens
-            events, response = self._finished(reason)
-            for told in events:
-                yield self._event(told)
-            yield self._event({"type": f"response.{response['status']}", "response": response})
+            last, response = self._finished(reason)
+            last.append({"type": f"response.{response['status']}", "response": response})
+            yield b"".join(map(self._event, last))
+
+    def _begin(self) -> bytes:
+        kinds = ("response.created", "response.in_progress")
+        told = ({"type": kind, "response": self._response("in_progress")} for kind in kinds)
+        return b"".join(map(self._event, told))
 
     def _logprobs(self, found: Any) -> list[dict[str, Any]]:
         return chat_logprobs(found, self._job.front.spelling)["content"] if self._job.wants_logprobs else []
 
     def _event(self, told: dict[str, Any]) -> bytes:
+        number, kind = self._number, told["type"]
         self._number += 1
-        return event({**told, "sequence_number": self._number - 1}, told["type"])
+        if kind == "response.output_text.delta" and not told["logprobs"]:  # nearly all are so
+            name = told["item_id"]
+            if (frame := self._frames.get(name)) is None:
+                text, last = named("text"), named("number")
+                frame = Frame({**told, "delta": text, "sequence_number": last}, text, last, name=kind)
+                self._frames[name] = frame
+            return frame(told["delta"], number)
+        return event({**told, "sequence_number": number}, kind)
 
     def _finished(self, reason: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         status = "incomplete" if reason == "length" else "completed"
@@ -111,7 +117,7 @@ class Answering:
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": seen.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": seen.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": seen.reasoning_tokens},
             "total_tokens": prompt + seen.completion_tokens,
         }
         return events, response

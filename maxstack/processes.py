@@ -1,4 +1,4 @@
-"""Several processes of one run find each other, by what whoever started them left in the environment.
+"""Several processes of one run or server find each other, by what whoever started them left in the environment.
 
 MAXSTACK_PROCESSES   how many there are, or "auto": ask Slurm, Open MPI, Kubernetes or Cloud TPU
 MAXSTACK_PROCESS     which of them this is, from 0            (not with "auto")
@@ -18,23 +18,25 @@ JOIN_WITHIN_S = 300
 """How long the processes may take to all be there (seconds)."""
 
 
-def join_processes(environment: Mapping[str, str] = os.environ) -> None:
+def join_processes(environment: Mapping[str, str] = os.environ) -> bool:
     """Join the other processes where the environment says that there are some; before anything asks for devices.
+    Whether there are some.
 
     Raises UserError for values that make no sense, RunError when the others do not come.
     """
     settings = asked_for(environment)
     if settings is None:
-        return
-    # Its handler of SIGTERM would take the place of ours; the votes of agreement.py do what it is for.
+        return False
+    # Its handler of SIGTERM would take the place of ours; what train/agreement.py and serve/hosts say does for both.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**settings, initialization_timeout=JOIN_WITHIN_S)
     except (RuntimeError, ValueError) as error:
         raise RunError(
-            f"the processes of this run did not find each other: {str(error).splitlines()[0]}; see that all "
+            f"the processes did not find each other: {str(error).splitlines()[0]}; see that all "
             f"{environment[NAMES[0]]} were started, and that {environment.get(NAMES[2], 'the first host')} is reachable"
         ) from error
+    return True
 
 
 def asked_for(environment: Mapping[str, str]) -> dict[str, Any] | None:
