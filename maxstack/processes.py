@@ -32,9 +32,10 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> bool:
     try:
         jax.distributed.initialize(**settings, initialization_timeout=JOIN_WITHIN_S)
     except (RuntimeError, ValueError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(
-            f"the processes did not find each other: {str(error).splitlines()[0]}; see that all "
-            f"{environment[NAMES[0]]} were started, and that {environment.get(NAMES[2], 'the first host')} is reachable"
+            f"the processes did not find each other: {why}; see that all ({environment[NAMES[0]]}) were started, and "
+            f"that {environment.get(NAMES[2], 'the first host')} is reachable"
         ) from error
     return True
 

@@ -96,9 +96,11 @@ class AsyncEngine:
         """Loads and unloads adapters by name."""
         self._leader = leader
         if leader is not None:
+            if invariant:
+                raise ValueError("invariant: several processes cannot try their rows yet; serve with one")
             leader.say_limits(dataclasses.asdict(self.limits))
-            leader.on_lost = lambda why: self._loop.fail(EngineDead(why))
-        self._thread = threading.Thread(target=self._loop.run, name="maxstack-engine", daemon=True)
+            leader.on_lost = lambda why: self._loop.fail(EngineDead(why), list(self._open))
+        self._thread = threading.Thread(target=self._work, name="maxstack-engine", daemon=True)
         self._clock, self._numbers = clock, itertools.count()
         self._open: dict[str, Stream] = {}
         default = () if tokenizer is None else tokenizer.stop_ids
@@ -119,6 +121,15 @@ class AsyncEngine:
                 pace = self._loop.pace = Pace(self.limits.drafts, self._loop.device.costs())
                 self._loop.scheduler.drafting = pace.drafts_for
             self._thread.start()
+
+    def _work(self) -> None:
+        """What the engine's thread does. Where it fails, those that follow are told: they wait for it."""
+        try:
+            self._loop.run()
+        except BaseException as error:
+            if self._leader is not None:
+                self._leader.lose(f"the engine has stopped: {type(error).__name__}: {error}")
+            raise
 
     @property
     def progress(self) -> Progress:

@@ -69,9 +69,17 @@ class Loop:
 
         def run() -> list[News]:
             try:
-                future.set_result(function())
-            except STEP_ERRORS as error:
-                future.set_exception(error)
+                found = function()
+            except (
+                BaseException
+            ) as error:  # whoever asked is told of any, and this thread ends by what is no step's
+                if not future.done():
+                    future.set_exception(error)
+                if not isinstance(error, STEP_ERRORS):
+                    raise
+            else:
+                if not future.done():
+                    future.set_result(found)
             return []
 
         self._inbox.put(run)
@@ -120,11 +128,12 @@ class Loop:
         self._stopped.set()
         self._inbox.put(None)
 
-    def fail(self, error: Exception) -> None:
-        """End for a reason that the engine's thread may never learn, as it waits for the device. Any thread."""
+    def fail(self, error: Exception, asked: list[str]) -> None:
+        """End for a reason that the engine's thread may never learn, as it waits for the device; `asked` are the
+        requests that are open, taken in or not. Any thread."""
         self.dead = self.dead or error
         self.stop()
-        self._deliver([News(request_id, finish="error", error=error) for request_id in list(self._known)])
+        self._deliver([News(request_id, finish="error", error=error) for request_id in asked])
 
     def run(self) -> None:
         """Work until stopped."""
@@ -290,11 +299,13 @@ class Loop:
 
     def _answer_all(self, error: BaseException) -> None:
         """Requests that are not over, and those that have just come, fail."""
-        self._take_in()
         failed = error if isinstance(error, Exception) else EngineDead(str(error))
-        if self._swap is not None:
-            self._swap.done.set_exception(failed)
-        self._tell([News(request_id, finish="error", error=failed) for request_id in self._known])
+        try:
+            self._take_in()
+        finally:
+            if self._swap is not None:
+                self._swap.done.set_exception(failed)
+            self._tell([News(request_id, finish="error", error=failed) for request_id in self._known])
 
 
 def copied(error: BaseException | None, future: "Future[None]") -> None:

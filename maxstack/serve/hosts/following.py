@@ -3,9 +3,9 @@
 import contextlib
 import logging
 import os
+import queue
 import signal
 import threading
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +17,7 @@ from maxstack.serve.drafter import Drafter
 from maxstack.serve.forms import form_for
 from maxstack.serve.hosts.follower import Follower
 from maxstack.serve.hosts.frames import LinkLost
+from maxstack.serve.hosts.together import FAILED, leave
 from maxstack.serve.operate.phases import COMPILE, WEIGHTS, Phases
 from maxstack.serve.plan import Limits
 from maxstack.serve.starting import Start, draft_of, loaded, slots_of
@@ -65,14 +66,20 @@ def _follow(what: Start, phases: Phases, follower: Follower) -> str:
     with phases.phase(COMPILE, "every program is compiled"):
         device.warm_up(phases.compiled)
     phases.finish(f"follows process 0, as process {jax.process_index()}")
-    under_way: deque[Any] = deque()
+    results: queue.Queue[Any] = queue.Queue(UNDER_WAY)
+    threading.Thread(target=watch, args=(results, follower), daemon=True).start()
+    return follower.follow(device.calls(), lambda key, given: results.put(device.call(key, given)))
 
-    def call(key: Any, given: Any) -> None:
-        under_way.append(device.call(key, given))
-        if len(under_way) > UNDER_WAY:
-            jax.block_until_ready(under_way.popleft())
 
-    return follower.follow(device.calls(), call)
+def watch(results: "queue.Queue[Any]", follower: Follower) -> None:
+    """Wait for what the calls give, also while the leader has nothing to say: a fault shows in nothing else."""
+    while True:
+        try:
+            jax.block_until_ready(results.get())
+        except STEP_ERRORS as error:
+            log.exception("this process cannot do what process 0 does")
+            follower.fault(f"{type(error).__name__}: {error}")
+            leave(FAILED)
 
 
 def limits_of(values: dict[str, Any]) -> Limits:
@@ -87,12 +94,15 @@ def asked_to_leave(follower: Follower) -> Iterator[None]:
 
     def came(number: int, frame: object) -> None:
         for each in before:
-            signal.signal(each, lambda *_: os._exit(128 + number))
-        said = "%s: process 0 is asked to finish what is under way; once more ends this process at once"
-        log.info(said, signal.Signals(number).name)
-        threading.Thread(
-            target=follower.leaving, daemon=True
-        ).start()  # links are for threads, not for handlers
+            signal.signal(each, lambda second, _: os._exit(128 + second))
+        # Links and logs are for threads, not for handlers.
+        threading.Thread(target=ask, args=(signal.Signals(number).name,), daemon=True).start()
+
+    def ask(name: str) -> None:
+        log.info(
+            "%s: process 0 is asked to finish what is under way; once more ends this process at once", name
+        )
+        follower.leaving()
 
     before = {number: signal.signal(number, came) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -62,6 +62,7 @@ class Link:
             with self._lock:
                 self._sock.sendall(HEAD.pack(kind, number, len(data)) + data)
         except OSError as error:
+            self.close()  # a part of the frame may be on its way, and nobody may go on behind it
             raise LinkLost(f"the link is broken: {error}") from error
 
     def receive(self) -> tuple[Kind, int, bytes]:

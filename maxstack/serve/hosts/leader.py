@@ -11,7 +11,7 @@ from typing import Any
 
 from maxstack.config import RunError
 from maxstack.serve.hosts.calls import Calls
-from maxstack.serve.hosts.frames import Kind, Link, LinkLost, Pulse
+from maxstack.serve.hosts.frames import QUIET_S, Kind, Link, LinkLost, Pulse
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,9 @@ COME_WITHIN_S = 300.0
 """For followers to come, once they have been invited."""
 READY_WITHIN_S = 3600.0
 """For followers to read the model and to compile."""
-GOODBYE_S = 5.0
+ADMIT_S = 5.0
+"""A stranger may be silent for; the others wait meanwhile."""
+GOODBYE_S = 3.0
 
 
 class Leader:
@@ -79,9 +81,10 @@ class Leader:
 
     def end(self, reason: str = "") -> None:
         """No more calls; without a reason this is a good end. Waits a little for followers to hear it."""
-        if self._over:
-            return
-        self._over = True
+        with self._changed:
+            if self._over:
+                return
+            self._over = True
         self._pulse.stop()
         for link in self._links:
             with contextlib.suppress(LinkLost):  # it is gone already
@@ -127,9 +130,9 @@ class Leader:
             first, self.lost = not self.lost, self.lost or why
             self._changed.notify_all()
         if first:
-            log.error("%s; all of them end, start them again", why)
-            self.on_lost(why)
+            log.error("%s; there is no going on: start all of them again", why)
             threading.Thread(target=self.end, args=(why,), name="maxstack-leaving", daemon=True).start()
+            self.on_lost(why)
 
 
 @contextlib.contextmanager
@@ -150,11 +153,15 @@ def awaited(listening: socket.socket, secret: bytes, followers: int) -> Leader:
     until = time.monotonic() + COME_WITHIN_S
     try:
         while len(found) < followers:
-            listening.settimeout(max(0.01, until - time.monotonic()))
+            if (left := until - time.monotonic()) <= 0:
+                raise TimeoutError
+            listening.settimeout(left)
             sock, address = listening.accept()
             link = Link(sock)
             try:
+                sock.settimeout(ADMIT_S)
                 place = link.admit(secret)
+                sock.settimeout(QUIET_S)
             except LinkLost as error:
                 log.warning("a connection from %s was refused: %s", address[0], error)
                 link.close()

@@ -37,10 +37,15 @@ def run_together(args: argparse.Namespace, phases: Phases, lead: Callable[[Leade
     try:
         code = lead(place)
         why = ""
+    except (UserError, RunError) as error:
+        if place is None:
+            raise
+        why = str(error)
+        log.error("%s", why)
     finally:
         if place is not None:
             place.end(why)
-    return leave(code or FAILED) if place is not None and place.lost else code
+    return leave(code or FAILED) if place is not None and (place.lost or why) else code
 
 
 def leave(code: int) -> NoReturn:
