@@ -70,9 +70,8 @@ class Loop:
         def run() -> list[News]:
             try:
                 found = function()
-            except (
-                BaseException
-            ) as error:  # whoever asked is told of any, and this thread ends by what is no step's
+            except BaseException as error:
+                # Whoever asked is told of any; by what is no step's fault this thread ends.
                 if not future.done():
                     future.set_exception(error)
                 if not isinstance(error, STEP_ERRORS):
