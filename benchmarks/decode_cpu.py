@@ -33,8 +33,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "feed_forward": 8960,
     },
 }  # fmt: skip
-BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.0, "int4-g32": 4.5, "int4-g128": 4.125}
-"""A weight, with its share of a scale; scales of whole rows (int8) do not count."""
+BITS = {
+    "float32": 32.0,
+    "bfloat16": 16.0,
+    "bfloat16-in-float32": 16.0,
+    "int8": 8.0,
+    "int4-g32": 4.5,
+    "int4-g128": 4.125,
+}
+"""A weight, with its share of a scale; scales of whole rows (int8) do not count. A model of bfloat16's numbers is
+computed in float32 on a CPU unless one asks for bfloat16."""
 
 
 def bytes_a_step(shape: dict[str, Any], weights: str, rows: int) -> float:
@@ -46,14 +54,19 @@ def bytes_a_step(shape: dict[str, Any], weights: str, rows: int) -> float:
     return (shape["depth"] * layer * BITS[weights] + shape["vocab_size"] * width * head_bits) / 8 + cached
 
 
-def model(shape: dict[str, Any], dtype: str) -> Any:
+def model(shape: dict[str, Any], weights: str) -> Any:
     """Random weights."""
     import jax
+    import jax.numpy as jnp
 
     from maxstack.models import RopeConfig, llama
 
+    dtype = "bfloat16" if weights == "bfloat16" else "float32"
+    numbers = jnp.bfloat16 if BITS[weights] == 16 else jnp.float32
     config = llama(**shape, max_length=2048, dtype=dtype, rope=RopeConfig(theta=1e5))
-    return jax.jit(lambda key: jax.tree.map(lambda w: w.astype(dtype), config.build(key)))(jax.random.key(0))
+    return jax.jit(lambda key: jax.tree.map(lambda w: w.astype(numbers), config.build(key)))(
+        jax.random.key(0)
+    )
 
 
 class Ours:
@@ -64,7 +77,7 @@ class Ours:
         from maxstack.models.packing import packed
 
         few = BITS[weights] < 16
-        built = model(shape, "float32" if few else weights)
+        built = model(shape, weights)
         self.vocabulary = shape["vocab_size"]
         self.writer = Generator(packed(built, cast(Any, weights)) if few else built)
         self.states: dict[int, Any] = {}
