@@ -50,7 +50,7 @@ def difference(kernel: str, **made: Any) -> float:
     else:
         with compiling_for(Chip("tpu", "v5e")):
             parts = jax.block_until_ready(mosaic_tpu.paged_attention(*arguments, interpret=CAREFUL))
-    out, _ = plan.merged(*parts, None)
+    out, _ = plan.merged(parts[0], parts[1], None)
     wanted, _ = brute_force(np.asarray(q, np.float64), made_paged.k, made_paged.v, LENGTHS, scale=0.125)
     return float(np.nan_to_num(np.abs(np.asarray(out) - wanted), nan=np.inf).max())
 
