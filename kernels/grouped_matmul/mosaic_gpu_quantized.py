@@ -21,6 +21,7 @@ from maxstack.kernels.hopper_widen import ordered, widened
 from maxstack.kernels.quantized_matmul.mosaic_gpu import (
     GROUPS,
     INPUTS,
+    LEAN_TOKENS,
     REGISTERS,
     ROWS,
     STAGES,
@@ -90,6 +91,7 @@ def _block(
     group, start = group_v[v], pl.multiple_of(start_v[v], EIGHT)
     first, end = first_v[v], end_v[v]
     steps = jnp.where((real_v[v] == 1) & (end > first), steps, 0)
+    lend = size > LEAN_TOKENS
 
     @pl.when(own == GROUPS)
     def _():
@@ -102,11 +104,12 @@ def _block(
             if grouped:
                 plgpu.copy_gmem_to_smem(s_ekgf.at[group, step, :, outputs], ss.at[stage], ready.at[stage])
 
-        load_stages(load, steps, stages, free)
+        load_stages(load, steps, stages, free, lend=lend)
 
     @pl.when(own < GROUPS)
     def _():
-        plgpu.set_max_registers(REGISTERS, action="increase")
+        if lend:
+            plgpu.set_max_registers(REGISTERS, action="increase")
         mine = pl.ds(pl.multiple_of(own * ROWS, ROWS), ROWS)
         total = plgpu.layout_cast(jnp.zeros((ROWS, size), jnp.float32), plgpu.Layout.WGMMA)
 

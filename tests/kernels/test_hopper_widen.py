@@ -69,9 +69,9 @@ def carried_out(op, known: dict) -> dict:
         case "arith.constant":
             found = np.full(THREADS, ir.IntegerAttr(op.attributes["value"]).value & ALL, np.uint32)
         case "gpu.thread_id":
-            found = np.arange(THREADS, dtype=np.uint32) * ("dim x" in str(op.attributes["dimension"]))
+            found = np.arange(THREADS, dtype=np.uint32) * ("<x>" in str(op.attributes["dimension"]))
         case "gpu.block_dim":
-            found = np.full(THREADS, THREADS if "dim x" in str(op.attributes["dimension"]) else 1, np.uint32)
+            found = np.full(THREADS, THREADS if "<x>" in str(op.attributes["dimension"]) else 1, np.uint32)
         case "arith.shrui":
             found = given[0] >> given[1]
         case "arith.andi":
