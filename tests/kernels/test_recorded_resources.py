@@ -6,7 +6,7 @@ import sys
 import jax
 import pytest
 
-from benchmarks import kernel_programs, kernel_table
+from benchmarks import kernel_shapes, kernel_table
 from benchmarks.kernel_table import TABLES, grown, measured, recorded, with_others
 from maxstack.kernels import tiles
 from maxstack.kernels.dispatch import Chip, compiling_for
@@ -55,7 +55,7 @@ def test_the_page_has_every_row_that_the_script_makes(table):
 def test_a_larger_block_is_found_out():
     """A fault planted: twice the inputs a tile."""
     table, key = QUICK[1]
-    function, arguments, _, _ = kernel_programs.quantized_of(key["weights"], int(key["tokens"]), key["model"])
+    function, arguments, _, _ = kernel_shapes.quantized_of(key["weights"], int(key["tokens"]), key["model"])
     with compiling_for(Chip("tpu", key["chip"])), tiles.asked() as requests:
         jax.eval_shape(lambda *each: function(*each), *arguments)
     (request,) = requests.values()
