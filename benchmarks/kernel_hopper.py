@@ -91,8 +91,11 @@ def registers(found: dict[str, Any]) -> Row:
 
 
 def both(found: dict[str, Any], operand_bytes: float, streams: bool, columns: int | None = None) -> Row:
-    """The share of the peak, or where memory bounds the kernel (`streams`) of the bandwidth."""
-    none = {"peak allowed": "-", "B a clock of it": "-", "bandwidth allowed": "-"}
+    """The share of the peak, or where memory bounds the kernel (`streams`) of the bandwidth; neither where so few turns
+    are made that the compiler wrote them all out."""
+    none = dict.fromkeys(("peak allowed", "B a turn", "clocks a turn", "bandwidth allowed"), "-")
+    if not found["loops"]:
+        return none
     if not streams:
         return none | {"peak allowed": mix.peak(found)["peak allowed"]}
     return none | mix.bandwidth(found, operand_bytes, columns)

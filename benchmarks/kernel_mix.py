@@ -10,14 +10,15 @@ In a turn of the main loop each unit of a multiprocessor of an H200 takes a time
     float          float32 additions, multiplications and both at once: 128
     issue          each of these instructions and all others: 128
 
-If all units work at once the longest one bounds, if none does while another works their sum. (CUDA C++ Programming
+If all units work at once the longest one bounds. If within a warpgroup none does while another works, their sum does;
+the warpgroups of a multiprocessor, those of all blocks that it has room for, share the units. (CUDA C++ Programming
 Guide, throughput of native arithmetic instructions, compute capability 9.0; NVIDIA H100 whitepaper.) PTX is what is
 counted; ptxas merges some of its instructions, three-input logic for instance.
 """
 
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from kernel_loops import flops_of, products_of  # beside this file
 
@@ -70,13 +71,8 @@ def accessed_bytes(name: str) -> float:
     return 4.0 * int(found[3]) if found[3] else int(found[1] or 1) * int(found[2]) / 8
 
 
-def together(units: dict[str, float]) -> float:
-    """Clocks of a turn if all units work at once."""
-    return max(units.values())
-
-
 def apart(units: dict[str, float]) -> float:
-    """Clocks of a turn if none does while another works."""
+    """Clocks of a warpgroup's turn if no unit works while another does."""
     return sum(units[unit] for unit in (*LANES_A_CLOCK, "accessed", "tensor"))
 
 
@@ -88,41 +84,50 @@ def blocks_at_once(found: dict[str, Any]) -> int:
 
 
 def peak(found: dict[str, Any]) -> dict[str, str]:
-    """Columns of a kernel that the tensor cores bound. Two warpgroups in turns lie between the shares."""
-    turns = [[clocks(names) for names in (loop.fewest, loop.most)] for loop in found["loops"]]
-    fewest, most = (added([turn[which] for turn in turns]) for which in (0, 1))
-    if not fewest["tensor"]:
-        return {"exp2 clocks a tensor clock": "-", "peak allowed": "-", "with all parts": "-"}
-    return {
-        "exp2 clocks a tensor clock": f"{fewest['exp'] / fewest['tensor']:.2f}",
-        "peak allowed": shares(fewest["tensor"] / together(fewest), fewest["tensor"] / apart(fewest)),
-        "with all parts": shares(most["tensor"] / together(most), most["tensor"] / apart(most)),
-    }
+    """Columns of a kernel that the tensor cores bound."""
+    names = "exp2 clocks a tensor clock", "peak allowed", "with all parts"
+    if not found["loops"]:
+        return dict.fromkeys(names, "-")
+    fewest, most = (turn(found, which) for which in ("fewest", "most"))
+    exp2 = f"{fewest.units['exp'] / fewest.units['tensor']:.2f}"
+    return dict(
+        zip(names, (exp2, *(shares(each.units["tensor"], each) for each in (fewest, most))), strict=True)
+    )
 
 
 def bandwidth(found: dict[str, Any], operand_bytes: float, columns: int | None) -> dict[str, str]:
     """Columns of a kernel that the memory bounds. A number of the streamed operand, `operand_bytes` of memory each, is
-    multiplied with `columns` others (None: those of a product), and blocks of threads share the units."""
+    multiplied with `columns` others (None: those of a product)."""
     loops = found["loops"]
-    each = found["warpgroups"] // len(loops)  # that run the same loop
     columns = columns or products_of(loops[0].fewest)[0][1]
-    brought = operand_bytes * each * sum(flops_of(loop.fewest) for loop in loops) / (2 * columns)
-    turns = [clocks(loop.fewest) for loop in loops]
-    at_once = together(added(turns)) * each
-    alone = max(map(apart, turns)) / blocks_at_once(found)
+    flops = sum(flops_of(loop.fewest) for loop in loops) * (found["warpgroups"] // len(loops))
+    brought, one = operand_bytes * flops / (2 * columns), turn(found, "fewest")
     return {
         "B a turn": f"{brought:,.0f}",
-        "clocks a turn": f"{at_once:,.0f} / {max(at_once, alone):,.0f}",
-        "bandwidth allowed": shares(
-            *(brought / BYTES_A_CLOCK / clock for clock in (at_once, max(at_once, alone)))
-        ),
+        "clocks a turn": f"{one.at_once:,.0f} / {max(one.at_once, one.apart):,.0f}",
+        "bandwidth allowed": shares(brought / BYTES_A_CLOCK, one),
     }
 
 
-def added(turns: list[dict[str, float]]) -> dict[str, float]:
-    """The units' times of several warpgroups."""
-    return {unit: sum(turn[unit] for turn in turns) for unit in turns[0]}
+class Turn(NamedTuple):
+    """Clocks of a turn of the main loop, of all warpgroups of a block."""
+
+    units: dict[str, float]
+    at_once: float
+    """The longest unit's."""
+    apart: float
+    """A warpgroup's sum, for each of the blocks that a multiprocessor has room for: they wait each for itself."""
 
 
-def shares(*found: float) -> str:
-    return " / ".join(f"{min(share, 1):.0%}" for share in found)
+def turn(found: dict[str, Any], which: str) -> Turn:
+    """Of what `kernel_registers.kernel_resources` gives; `which` is "fewest" or "most"."""
+    loops = found["loops"]
+    each = found["warpgroups"] // len(loops)  # that run the same loop
+    each_units = [clocks(getattr(loop, which)) for loop in loops]
+    units = {unit: each * sum(one[unit] for one in each_units) for unit in each_units[0]}
+    return Turn(units, max(units.values()), max(map(apart, each_units)) / blocks_at_once(found))
+
+
+def shares(needed: float, one: Turn) -> str:
+    """Of `needed` clocks: if all units work at once, and if within a warpgroup none does while another works."""
+    return " / ".join(f"{min(needed / clock, 1):.0%}" for clock in (one.at_once, max(one.at_once, one.apart)))

@@ -90,18 +90,21 @@ def cross_entropy(key: Row) -> list[Row]:
     function, arguments, flops, moved = cross_entropy_of(key["model"], key["tokens"] == "weighed")
     program: Any = compiled_for("h200" if key["chip"] == "H200" else key["chip"], function, *arguments)
     width = arguments[0].shape[1]
-    held = logits_held(program.as_text(), width)
-    turns = -(-TRAINED // held)
-    cost, memory = program.cost_analysis(), program.memory_analysis()
-    outside = OUTSIDE * width * VOCABULARY
+    held, width = logits_held(program.as_text(), arguments[0].shape[1]), arguments[0].shape[1]
+    row = key | {
+        "logits held, tokens": str(held),
+        "temporaries MB": f"{program.memory_analysis().temp_size_in_bytes / 1e6:.1f}",
+        "of them the gradient's sum": f"{4 * width * VOCABULARY / 1e6:.1f}",
+    }
+    cost = program.cost_analysis()
+    if cost is None:  # XLA for GPUs says nothing
+        return [row | dict.fromkeys(("GFLOP", "MB moved", "of them needed"), "-")]
+    turns, outside = -(-TRAINED // held), OUTSIDE * width * VOCABULARY
     computed = turns * cost["flops"]
     accessed = turns * (cost["bytes accessed"] - outside) + outside
     return [
-        key
+        row
         | {
-            "logits held, tokens": str(held),
-            "temporaries MB": f"{memory.temp_size_in_bytes / 1e6:.1f}",
-            "of them the gradient's sum": f"{4 * width * VOCABULARY / 1e6:.1f}",
             "GFLOP": f"{computed / 1e9:.1f}",
             "MB moved": f"{accessed / 1e6:.1f}",
             "of them needed": f"{flops / computed:.0%} / {moved / accessed:.0%}",

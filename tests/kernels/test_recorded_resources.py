@@ -17,11 +17,18 @@ QUICK = [
     ("tpu-quantized", {"chip": "v5e", "model": "8B", "weights": "int4-g128", "tokens": "16"}),
     ("tpu-attention", {"chip": "v5e", "model": "1B", "tokens": "2048"}),
     ("tpu-grouped", {"chip": "v6e", "model": "Qwen3-30B-A3B", "weights": "int8", "rows": "64"}),
+    ("tpu-latents", {"chip": "v6e", "pages": "int8", "queries": "1"}),
+    ("tpu-append", {"chip": "v5e", "model": "8B", "pages": "int8", "tokens": "1"}),
     ("hopper-attention", {"model": "8B", "mask": "packed"}),
+    ("hopper-paged", {"model": "8B", "pages": "int4", "queries": "1"}),
     ("hopper-grouped", {"model": "Qwen3-30B-A3B", "weights": "int4-g128", "rows": "64"}),
     ("hopper-quantized", {"model": "8B", "weights": "int8", "tokens": "64"}),
 ]
-MARKS = {"tpu": needs_libtpu, "hopper": needs_cuda_compiler}
+MARKS = {
+    "tpu": [needs_libtpu],
+    "hopper": [needs_cuda_compiler],
+    "cross": [needs_libtpu, needs_cuda_compiler],
+}
 
 
 def of(table):
