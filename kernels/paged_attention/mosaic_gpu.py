@@ -9,7 +9,8 @@ The products are turned around, for a matrix unit wants 64 rows and decoding has
 
 The one barrier of a page, after the weights are in shared memory, also says that every thread is done with the page
 before; only then is its buffer filled again. Pages of 8 and 4 bits become bfloat16 in registers, on their way into
-the product, and scales multiply logits and weights. Shared memory holds one piece of bfloat16 heads of 128 an SM (198
+the product, and scales multiply logits and weights; the components of a query and the tokens of weights lie in the order
+that widening gives (`hopper_widen`). Pages that are seen whole have no mask. Shared memory holds one piece of bfloat16 heads of 128 an SM (198
 KiB), two of int8 and three of int4, which overlap: one waits for its memory while another computes.
 
 Heads of 256 go by halves of a page, so that three stages fit. Values of 96 components lie in 128 rows, for the matrix
