@@ -12,6 +12,7 @@ tokens, and x for each tile of outputs, unless all inputs of its tile lie in VME
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -217,19 +218,26 @@ def tile(layer_ref, x_ref, w_ref, s_ref, y_ref, sum_ref, *wide_ref, group: int |
     each = next(
         size for size in (tokens, MOST_TOKENS, ROW_STEP) if size <= MOST_TOKENS and tokens % size == 0
     )
-
-    @pl.loop(0, tokens // each)
-    def _(i):
-        rows = pl.ds(0 if each == tokens else pl.multiple_of(i * each, each), each)
-        add(rows, first, x_ref, w_ref, s_ref, sum_ref, group, bk)
+    by_part(tokens, each, lambda rows: add(rows, first, x_ref, w_ref, s_ref, sum_ref, group, bk))
 
     @pl.when(k == steps - 1)
     def _():
-        @pl.loop(0, tokens // each)
-        def _(i):
-            rows = pl.ds(0 if each == tokens else pl.multiple_of(i * each, each), each)
+        def write(rows):
             y_tn = sum_ref[rows].astype(jnp.float32)
             y_ref[rows] = (y_tn * s_ref[0] if group is None else y_tn).astype(y_ref.dtype)
+
+        by_part(tokens, each, write)
+
+
+def by_part(size: int, each: int, run: Callable) -> None:
+    """`run` of all rows, or of some after others in a loop, whose code stands once."""
+    if size == each:
+        run(pl.ds(0, size))
+        return
+
+    @pl.loop(0, size // each)
+    def _(i):
+        run(pl.ds(pl.multiple_of(i * each, each), each))
 
 
 def add(rows, first, x_ref, w_ref, s_ref, sum_ref, group: int | None, bk: int) -> None:
@@ -252,11 +260,13 @@ def add(rows, first, x_ref, w_ref, s_ref, sum_ref, group: int | None, bk: int) -
 def widen(w_ref, s_ref, wide_ref, group: int | None) -> None:
     """Weights as operands of a product, some outputs after others."""
 
-    @pl.loop(0, w_ref.shape[0] // LANES)
-    def _(i):
-        some = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
-        values = w_ref[some]
-        wide_ref[some] = scaled(values, s_ref[0, :, some]) if group == 32 else values.astype(wide_ref.dtype)
+    def some(outputs):
+        values = w_ref[outputs]
+        wide_ref[outputs] = (
+            scaled(values, s_ref[0, :, outputs]) if group == 32 else values.astype(wide_ref.dtype)
+        )
+
+    by_part(w_ref.shape[0], LANES, some)
 
 
 def product(a_tk: Array, b_nk: Array, dtype: jnp.dtype) -> Array:
