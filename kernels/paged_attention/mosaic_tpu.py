@@ -131,6 +131,8 @@ def _call(work: Pieces, pools, table_bp, call: Call, slots: int, out_dtype, inte
         return pl.BlockSpec((None, heads, *shape), place)
 
     results = [((*rows, call.value_size), out_dtype), (lse_shape, jnp.float32)]
+    if not interpret:  # else XLA may copy a pool of scales into VMEM, pages that are not in use too
+        pools = [pltpu.with_memory_space_constraint(pool, pltpu.HBM) for pool in pools]
     body = functools.partial(
         _kernel, call=call, per_core=per_core, slots=slots, table_pages=table_bp.shape[1], cuts=cuts,
         pools=len(pools),

@@ -80,7 +80,8 @@ def tiles_for(tokens: int, w: QuantizedWeight, step: int = TOKENS) -> Tiles:
         divisor(w.outputs, MANY_OUTPUTS if many else MOST_OUTPUTS),
         divisor(w.inputs, MOST_INPUTS),
     )
-    tiles = [Tiles(min(rows, most), outputs, inputs) for most in (MANY_TOKENS if many else (MOST_TOKENS,))]
+    most_tokens = MANY_TOKENS if many else (min(rows, MOST_TOKENS),)
+    tiles = [Tiles(even(rows, most, step) if many else most, outputs, inputs) for most in most_tokens]
     fitting = [each for each in tiles if vmem_of(each, w) <= vmem_bytes()] or tiles[-1:]
     rule = min(fitting, key=lambda each: read(rows, w, each))._asdict()
 
@@ -99,6 +100,12 @@ def tiles_for(tokens: int, w: QuantizedWeight, step: int = TOKENS) -> Tiles:
     return Tiles(**tiling.chosen(name, dtype, shape, rule, axes=AXES, fault=fault))
 
 
+def even(rows: int, most: int, step: int) -> int:
+    """Tokens of tiles of at most `most`, a multiple of `step`, that have about as many each."""
+    each = -(-rows // -(-rows // most))
+    return -(-each // step) * step
+
+
 def divisor(size: int, most: int) -> int:
     """The largest multiple of the lanes up to `most` that divides a size."""
     return next(n for n in range(most, 0, -LANES) if size % n == 0)
@@ -109,16 +116,16 @@ def vmem_bytes() -> int:
     return VMEM_MIB.get(chip().name, FEWEST_VMEM_MIB) * 2**20
 
 
-def resident(tiles: Tiles, w: QuantizedWeight) -> bool:
-    """Whether all inputs of a tile of tokens lie in VMEM, and of the next one."""
-    most = vmem_bytes() // 2 if tiles.tokens > MOST_TOKENS else RESIDENT_BYTES
-    return 2 * 2 * tiles.tokens * w.inputs <= most
+def resident(tokens: int, inputs: int) -> bool:
+    """Whether all inputs of a tile of tokens lie in VMEM, and of the next one, so that x is read once."""
+    most = vmem_bytes() // 2 if tokens > MOST_TOKENS else RESIDENT_BYTES
+    return 2 * 2 * tokens * inputs <= most
 
 
 def vmem_of(tiles: Tiles, w: QuantizedWeight) -> int:
     """Bytes, of two of everything that is fetched or written in float32, of the sums and of widened weights."""
     bt, bn, bk = tiles
-    x = 2 * 2 * bt * (w.inputs if resident(tiles, w) else bk)
+    x = 2 * 2 * bt * (w.inputs if resident(bt, w.inputs) else bk)
     return x + bn * bk * (2 * w.bits // 8 + 2) + 3 * 4 * bt * bn + 4 * bn * bk * 32 // w.group
 
 
@@ -126,7 +133,7 @@ def read(rows: int, w: QuantizedWeight, tiles: Tiles) -> int:
     """Bytes of weights, scales and x that a call reads."""
     bt, bn, bk = tiles
     weights = w.outputs * w.inputs * w.bits // 8 + w.scale.size * w.scale.dtype.itemsize
-    again = 1 if resident(tiles, w) or bk == w.inputs else w.outputs // bn
+    again = 1 if resident(bt, w.inputs) or bk == w.inputs else w.outputs // bn
     return weights * -(-rows // bt) + 2 * rows * w.inputs * again
 
 
@@ -169,7 +176,7 @@ def run(
     scales_kgn = w.scale.reshape(-1, 1 if whole else bk // group, w.outputs)
     grid = (x_tk.shape[0] // bt, w.outputs // bn, w.inputs // bk)
     body = functools.partial(tile, group=None if whole else group, bk=bk)
-    many, x_inputs = bt > MOST_TOKENS, w.inputs if resident(tiles, w) else bk
+    many, x_inputs = bt > MOST_TOKENS, w.inputs if resident(bt, w.inputs) else bk
     wide = [pltpu.VMEM((bn, bk), x_tk.dtype)] if many and w.values.dtype != x_tk.dtype else []
     y_tn = pl.pallas_call(
         body,

@@ -101,7 +101,7 @@ def test_a_piece_of_a_chunk_has_no_page_behind_its_last_key():
         ((32, 8, 128), 256, 1024, 4),
         ((64, 8, 128), 256, 2048, 2),
         ((9, 3, 64), 100, 384, 3),
-        ((128, 1, 576), 64, 896, 1),
+        ((128, 1, 576), 64, 1024, 1),
     ],
 )
 def test_a_chunk_copies_its_pages_for_many_rows_at_once(model, t, rows, heads):
