@@ -94,7 +94,8 @@ def test_tpu_tiles_add_up_without_races(kind, zeros, capfd):
 
 
 @pytest.mark.parametrize(
-    ("kind", "zeros"), [*FORMS[:2], pytest.param("int4-g32", False, marks=pytest.mark.slow)]
+    ("kind", "zeros"),
+    [FORMS[1], *(pytest.param(kind, False, marks=pytest.mark.slow) for kind in ("int8", "int4-g32"))],
 )
 def test_tpu_tiles_of_many_tokens_add_up_without_races(kind, zeros, capfd):
     """Weights are widened once for several parts of a tile; x lies whole, or in parts where it does not fit."""
