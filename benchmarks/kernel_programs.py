@@ -63,16 +63,20 @@ TABLES: dict[str, Table] = {
         hopper.paged, ("model", "pages", "queries"), HOPPER_COLUMNS,
     ),
     "tpu-latents": Table(
-        product(chip=TPUS, pages=PAGES, queries=(1, 256)), tpu.latents, ("chip", "pages", "queries"), TPU_COLUMNS
+        [
+            *product(chip=TPUS, pages=PAGES, queries=(1,)),
+            *product(chip=TPUS, pages=("bfloat16",), queries=(256,)),
+        ],
+        tpu.latents, ("chip", "pages", "queries"), TPU_COLUMNS,
     ),
     "hopper-latents": Table(
         product(pages=("bfloat16",), queries=(1, 256)), hopper.latents, ("pages", "queries"), HOPPER_COLUMNS
     ),
     "tpu-append": Table(
         [
-            *product(chip=TPUS, model=("1B",), pages=("int8",), tokens=(1, 512)),
+            *product(chip=TPUS, model=("1B",), pages=("int8",), tokens=(1,)),
             *product(chip=TPUS, model=("8B",), pages=PAGES, tokens=(1, 512)),
-            *product(chip=TPUS, model=("latents",), pages=("bfloat16", "int8"), tokens=(1, 512)),
+            *product(chip=TPUS, model=("latents",), pages=("bfloat16",), tokens=(1, 512)),
         ],
         tpu.append, ("chip", "model", "pages", "tokens"), TPU_COLUMNS,
     ),

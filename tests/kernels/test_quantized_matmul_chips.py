@@ -10,6 +10,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
+from maxstack.kernels.dispatch import Chip, compiling_for
 from maxstack.kernels.quantized_matmul import (
     QuantizedWeight,
     backward,
@@ -90,6 +91,38 @@ def test_tpu_tiles_add_up_without_races(kind, zeros, capfd):
     y = mosaic_tpu.quantized_matmul(x, w, tiles=mosaic_tpu.Tiles(16, 128, 256), interpret=CAREFUL)
     assert largest_error(y, meant) < tolerance(kind)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("kind", "zeros"),
+    [FORMS[1], *(pytest.param(kind, False, marks=pytest.mark.slow) for kind in ("int8", "int4-g32"))],
+)
+def test_tpu_tiles_of_many_tokens_add_up_without_races(kind, zeros, capfd):
+    """Weights are widened once for several parts of a tile; x lies whole, or in parts where it does not fit."""
+    x, w, meant = case(kind, zeros, 700, 256, 256)
+    y = mosaic_tpu.quantized_matmul(
+        x, w, tiles=mosaic_tpu.Tiles(384, 256, 128), interpret=CAREFUL, dtype=jnp.bfloat16
+    )
+    assert y.dtype == jnp.bfloat16
+    assert largest_error(y, meant) < tolerance(kind) + 2**-8
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("chip", "kind", "tokens", "n", "k", "tiles"),
+    [
+        ("v5e", "int8", 4096, 14336, 4096, (1024, 1024, 2048)),  # all inputs of 1,024 tokens fit
+        ("v7x", "int4-g128", 4096, 28672, 8192, (512, 1024, 2048)),  # of 512
+        ("v5e", "int8", 1100, 4096, 4096, (640, 1024, 2048)),  # as even as multiples of 128 can be
+        ("v5e", "int4-g128", 16, 14336, 4096, (16, 512, 2048)),
+    ],
+)
+def test_tpu_tiles_read_little_again_and_fit(chip, kind, tokens, n, k, tiles):
+    w = weight(kind, n, k)
+    with compiling_for(Chip("tpu", chip)):
+        found = mosaic_tpu.tiles_for(tokens, w)
+        assert found == tiles
+        assert mosaic_tpu.vmem_of(found, w) < mosaic_tpu.vmem_bytes()
 
 
 def test_tpu_products_of_int8_are_exact():
