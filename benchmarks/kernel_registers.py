@@ -1,4 +1,4 @@
-"""Compile GPU kernels for an H200 that is not there: registers, spilled bytes, shared memory and instructions of each.
+"""Compile GPU kernels for an H200 that is not there: registers, spilled bytes, shared memory and main loops of each.
 
 `registers` are what `ptxas` gives each thread at launch; the warpgroups then move them between each other, as the
 docstring of each kernel says. A spilled register is what `ptxas` calls one: bytes it stores to and loads from memory.
@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from kernel_loops import entry, main_loops, threads_of  # beside this file
 
 
 def kernel_resources(function: Any, *arguments: Any) -> list[dict[str, Any]]:
@@ -39,10 +41,16 @@ def kernel_resources(function: Any, *arguments: Any) -> list[dict[str, Any]]:
             "spilled": int(stores) + int(loads),
             "shared": shared[name],
             "serialized": serialized,
-            "instructions": instructions(words[0], name),
+            **running(entry(words[0], name)),
         }
         for name, stores, loads, registers in found
     ]
+
+
+def running(ptx: str) -> dict[str, Any]:
+    """Threads of a block, warpgroups that compute (one of several only loads), and the main loops they run."""
+    threads = threads_of(ptx)
+    return {"threads": threads, "warpgroups": max(1, threads // 128 - 1), "loops": main_loops(ptx)}
 
 
 @contextmanager
@@ -67,40 +75,6 @@ def said() -> Iterator[list[str]]:
             os.close(before[1])
             file.seek(0)
             words.append(file.read().decode(errors="replace"))
-
-
-UNITS = {
-    "exp": ("ex2", "lg2", "rsqrt", "rcp", "tanh", "sqrt"),
-    "float": ("fma", "add.f32", "add.rn", "sub.f32", "sub.rn", "mul.f32", "mul.rn", "neg.f32", "sub.bf16x2"),
-    "other": (
-        "max",
-        "min",
-        "setp",
-        "selp",
-        "cvt",
-        "and.b32",
-        "or.b32",
-        "xor.b32",
-        "shl.b32",
-        "shr",
-        "prmt",
-        "add.s32",
-    ),
-}
-"""How instructions begin that take a unit's time; what only moves numbers is left to ptxas, which drops most of it."""
-
-
-def instructions(words: str, kernel: str) -> dict[str, int]:
-    """Of a kernel's PTX: floating-point operations of one warpgroup's `wgmma`, and instructions of a thread by unit."""
-    ptx = (
-        words.partition(f".entry {kernel}_mosaic_gpu_kernel")[2]
-        .partition("ptxas info")[0]
-        .partition(".entry ")[0]
-    )
-    shapes = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", ptx)
-    found = {"wgmma flops": sum(2 * int(m) * int(n) * int(k) for m, n, k in shapes)}
-    names = re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.:]*)", ptx, re.MULTILINE)
-    return found | {unit: sum(name.startswith(starts) for name in names) for unit, starts in UNITS.items()}
 
 
 def shared_bytes(jaxpr: Any) -> dict[str, int]:

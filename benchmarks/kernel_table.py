@@ -16,91 +16,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-from kernel_programs import (  # beside this file
-    MIXTURES,
-    MODELS,
-    TABLES,
-    Row,
-    attention_work,
-    grouped_of,
-    measured,
-)
+from kernel_programs import TABLES, measured  # beside this file
+from kernel_roofline import roofline
+from kernel_shapes import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "kernels.md"
-
-PEAKS = {
-    "H200": (989.4, 4800), "v5e": (197, 819), "v5p": (459, 2765), "v6e": (918, 1640), "v7x": (2307, 7380),
-}  # fmt: skip
-"""bfloat16 TFLOP/s and GB/s of memory of a chip: nvidia.com/en-us/data-center/h200, cloud.google.com/tpu/docs."""
-
-
-def work() -> list[tuple[str, str, float, float]]:
-    """(kernel, shape, FLOPs, bytes) that have to be computed and moved, whatever computes and moves them."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from maxstack.kernels.paged_attention import bytes_moved, init_cache
-    from maxstack.kernels.quantized_matmul import quantize
-
-    n, k, h, _ = MODELS["8B"]
-    found: list[tuple[str, str, float, float]] = []
-    for t in (2048, 8192):
-        forward, forward_bytes, backward, backward_bytes = attention_work("8B", t)
-        found.append(("attention, forward", f"8B, {t:,} tokens", forward, forward_bytes))
-        found.append(("attention, backward", f"8B, {t:,} tokens", backward, backward_bytes))
-    sequences, length, page = 64, 8192, 128
-    dtypes: tuple[Any, ...] = ("bfloat16", "int8", "int4")
-    kinds: tuple[Any, ...] = ("int8", "int4-g128")
-    for dtype in dtypes:
-        cache = jax.eval_shape(
-            lambda d=dtype: init_cache(sequences * length // page, k, h, page=page, dtype=d)
-        )
-        moved = bytes_moved(cache, np.full(sequences, length), (sequences, n, h))
-        shape = f"8B, {sequences} sequences of {length:,}"
-        found.append((f"paged decode, {dtype}", shape, 4.0 * sequences * length * n * h, moved))
-    inputs, outputs = 8192, 28_672
-    for tokens in (1, 64, 4096):
-        flops, activations = 2.0 * tokens * inputs * outputs, 2 * tokens * (inputs + outputs)
-        shape = f"{tokens:,} tokens, {inputs:,} to {outputs:,}"
-        found.append(("matmul, bfloat16", shape, flops, 2 * inputs * outputs + activations))
-        for kind in kinds:
-            weight = jax.ShapeDtypeStruct((outputs, inputs), jnp.bfloat16)
-            scale = jax.eval_shape(lambda x, kind=kind: quantize(x, kind), weight).scale
-            values = inputs * outputs * (1.0 if kind == "int8" else 0.5)
-            packed = values + scale.size * scale.dtype.itemsize
-            found.append((f"matmul, {kind}", shape, flops, packed + activations))
-    for model, (experts, width, inner) in MIXTURES.items():
-        for weights, rows in (("bfloat16", 65_536), ("int8", 64), ("int4-g128", 64)):
-            _, _, flops, moved = grouped_of(weights, rows, model)
-            what = " and gradients" if weights == "bfloat16" else ""
-            shape = f"{model}, {rows:,} rows, {experts} × {width:,} to {inner:,}"
-            found.append((f"grouped matmul{what}, {weights}", shape, flops, moved))
-    tokens, width, vocabulary = 8192, 4096, 152_064
-    moved = 2 * (2 * tokens * width + 2 * width * vocabulary)
-    shape = f"{tokens:,} tokens, {width:,} to {vocabulary:,}"
-    found.append(("cross-entropy and gradients", shape, 6.0 * tokens * width * vocabulary, moved))
-    return found
-
-
-def roofline() -> list[Row]:
-    """The least time that each kernel can take on a chip, and what bounds it: products (p) or memory (m)."""
-    rows = []
-    for kernel, shape, flops, moved in work():
-        row: Row = {
-            "kernel": kernel,
-            "shape": shape,
-            "GFLOP": f"{flops / 1e9:,.1f}",
-            "MB": f"{moved / 1e6:,.1f}",
-        }
-        for chip, (tera, giga) in PEAKS.items():
-            products, memory = flops / tera / 1e6, moved / giga / 1e3
-            row[f"{chip}, µs"] = f"{max(products, memory):,.0f} {'p' if products > memory else 'm'}"
-        rows.append(row)
-    return rows
 
 
 def table(rows: list[Row]) -> str:
@@ -259,7 +181,7 @@ def main() -> int:
     for name in args.tables or names:
         if name == "roofline":
             if not args.check:
-                put(name, table(roofline()))
+                put(name, table(roofline(recorded)))
             continue
         rows = compile_rows(name, wanted(name, args.only), args.jobs, args.rows)
         if args.check:

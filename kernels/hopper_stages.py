@@ -8,9 +8,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 LOADER_REGISTERS = 40
 
 
-def load_stages(load, steps, stages: int, free) -> None:
-    """`load(step, stage)` of each step, into a stage that is free."""
-    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+def load_stages(load, steps, stages: int, free, *, lend: bool = True) -> None:
+    """`load(step, stage)` of each step, into a stage that is free. It lends its registers to those that multiply,
+    unless all of them need few: a block that moves registers has all of a multiprocessor's."""
+    if lend:
+        plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
     def each(step, _):
         stage = jax.lax.rem(step, jnp.int32(stages))

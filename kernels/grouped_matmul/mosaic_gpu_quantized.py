@@ -17,14 +17,15 @@ from jaxtyping import Array, Float, Int
 from maxstack.kernels.grouped_matmul.mosaic_gpu_tile import store_rows
 from maxstack.kernels.grouped_matmul.visits import EIGHT, own_tiles
 from maxstack.kernels.hopper_stages import load_stages
+from maxstack.kernels.hopper_widen import ordered, widened
 from maxstack.kernels.quantized_matmul.mosaic_gpu import (
     GROUPS,
     INPUTS,
+    LEAN_TOKENS,
     REGISTERS,
     ROWS,
     STAGES,
     scale_of,
-    values_of,
 )
 from maxstack.kernels.quantized_matmul.weight import QuantizedWeight
 
@@ -44,7 +45,7 @@ def rows(
     # A group may begin up to seven rows behind its tile.
     size = min(MOST_ROWS, max(FEWEST_ROWS, 1 << (mean + EIGHT - 2).bit_length()))
     spans = own_tiles(group_sizes_e, count, size)
-    x_td = jnp.pad(x_td, ((0, -count % 8), (0, 0)))
+    x_td = ordered(jnp.pad(x_td, ((0, -count % 8), (0, 0))), w.bits)
     steps = w.inputs // INPUTS
     stages = min(STAGES, steps)
     grouped = w.group != w.inputs
@@ -87,8 +88,7 @@ def _block(
 ):  # fmt: skip
     """One block: GROUPS warpgroups multiply, the last one loads."""
     n, v, own = (jax.lax.axis_index(name) for name in ("n", "v", "warpgroup"))
-    group, start = group_v[v], pl.multiple_of(start_v[v], EIGHT)
-    first, end = first_v[v], end_v[v]
+    group, start, first, end = group_v[v], pl.multiple_of(start_v[v], EIGHT), first_v[v], end_v[v]
     steps = jnp.where((real_v[v] == 1) & (end > first), steps, 0)
 
     @pl.when(own == GROUPS)
@@ -102,11 +102,12 @@ def _block(
             if grouped:
                 plgpu.copy_gmem_to_smem(s_ekgf.at[group, step, :, outputs], ss.at[stage], ready.at[stage])
 
-        load_stages(load, steps, stages, free)
+        load_stages(load, steps, stages, free, lend=size > LEAN_TOKENS)
 
     @pl.when(own < GROUPS)
     def _():
-        plgpu.set_max_registers(REGISTERS, action="increase")
+        if size > LEAN_TOKENS:
+            plgpu.set_max_registers(REGISTERS, action="increase")
         mine = pl.ds(pl.multiple_of(own * ROWS, ROWS), ROWS)
         total = plgpu.layout_cast(jnp.zeros((ROWS, size), jnp.float32), plgpu.Layout.WGMMA)
 
@@ -114,7 +115,7 @@ def _block(
             stage = jax.lax.rem(step, jnp.int32(stages))
             plgpu.barrier_wait(ready.at[stage])
             scales = [scale_of(ss.at[stage, g, mine]) for g in range(each)] if grouped else []
-            values = values_of(ws.at[stage, mine])
+            values = widened(ws.at[stage, mine], by_hand=wide is None)
             if wide is not None:
                 wide[own] = values
                 plgpu.commit_smem()

@@ -168,7 +168,7 @@ def _run(q_btnh, cache, page_table_bp, lengths_b, sinks, options, splits, value_
     if splits is None:
         splits = backend.default_splits(q_btnh, cache, entries)
     table_bp, lengths_b = plan.usable(page_table_bp, pool), jnp.asarray(lengths_b, jnp.int32)
-    options = replace(options, splits=splits)
+    options = replace(options, splits=splits, final=splits == 1 and sinks is None)
     out_parts, lse_parts = backend.paged_attention(q_btnh, cache, table_bp, lengths_b, options, value_size)
     out, lse = plan.merged(out_parts, lse_parts, sinks)
     return out.astype(q_btnh.dtype), lse

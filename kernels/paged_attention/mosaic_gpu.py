@@ -9,8 +9,9 @@ The products are turned around, for a matrix unit wants 64 rows and decoding has
 
 The one barrier of a page, after the weights are in shared memory, also says that every thread is done with the page
 before; only then is its buffer filled again. Pages of 8 and 4 bits become bfloat16 in registers, on their way into
-the product, and scales multiply logits and weights. Shared memory holds one piece of bfloat16 heads of 128 an SM (198
-KiB), two of int8 and three of int4, which overlap: one waits for its memory while another computes.
+the product; components of queries and tokens of weights lie in the order that widening gives (`hopper_widen`). Scales
+multiply logits and weights. Pages that are seen whole have no mask. Shared memory holds one piece of bfloat16 heads of
+128 an SM (198 KiB), two of int8 and three of int4, which overlap: one waits for its memory while another computes.
 
 Heads of 256 go by halves of a page, so that three stages fit. Values of 96 components lie in 128 rows, for the matrix
 unit takes 64 at a time; what the last 32 give is left behind.
@@ -27,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from maxstack.kernels import tiles as sizes_of
+from maxstack.kernels.hopper_widen import ordered, store_turned, widened
 from maxstack.kernels.paged_attention import mosaic_gpu_latent
 from maxstack.kernels.paged_attention.cache import KVCache, LatentCache, head_size, page_size
 from maxstack.kernels.paged_attention.mosaic_gpu_page import (
@@ -36,6 +38,7 @@ from maxstack.kernels.paged_attention.mosaic_gpu_page import (
     SMS,
     clear_values,
     not_hopper,
+    seen,
     tiles,
 )
 from maxstack.kernels.paged_attention.plan import Options, Pieces, joined, pieces
@@ -98,6 +101,10 @@ def default_splits(q_btnh, cache, table_pages: int) -> int:
 def _most_rows(cache: KVCache) -> int:
     size, kind = head_size(cache), cache.k_pages.dtype
     return MOST_ROWS_LARGE if size > 128 or (kind == jnp.bfloat16 and size > 64) else MOST_ROWS
+
+
+def _bits(kind) -> int:
+    return 8 if kind == jnp.int8 else 4
 
 
 def _tokens(h: int) -> int:
@@ -171,8 +178,9 @@ def _call(
             scratch["wide_v"] = plgpu.SMEM(
                 (rows, tokens), jnp.bfloat16, transforms=tiles(tokens, jnp.bfloat16)
             )
+    q_rkmh = work.q_rkmh if exact else ordered(work.q_rkmh, _bits(kind))
     inputs = {
-        "q": work.q_rkmh, "k": cache.k_pages, "v": cache.v_pages, "table": table_bp, "sequences": work.sequences_r,
+        "q": q_rkmh, "k": cache.k_pages, "v": cache.v_pages, "table": table_bp, "sequences": work.sequences_r,
         "ends": work.ends_r, "first": work.first_r, "last": work.last_r,
     }  # fmt: skip
     if not exact:
@@ -227,9 +235,10 @@ def _kernel(given, kept, outs, options: Options, each: int, group: int):
         there = given["table"][sequence, first + lax.div(i, parts)] >= 0
         left = jnp.where(there, end - first * PAGE - i * tokens, -PAGE - each)
 
+        only_visible = functools.partial(seen, left=left, options=options, each=each, group=group)
+
         plgpu.barrier_wait(kept["k_here"].at[slot])
-        visible = _visible(left, tokens, m, options, each, group)
-        logits = jnp.where(visible, _logits(kept, slot, tokens, m, options), -jnp.inf)
+        logits = only_visible(_logits(kept, slot, tokens, m, options), -jnp.inf)
         new_top = jnp.maximum(top, logits.max(0))
         keep = jnp.exp2(top - new_top)
         weights = jnp.exp2(logits - lax.broadcast_in_dim(new_top, (tokens, m), [1]))
@@ -239,13 +248,11 @@ def _kernel(given, kept, outs, options: Options, each: int, group: int):
         if "v_scale" in kept:
             scale = plgpu.load(kept["v_scale"].at[slot], layout=BY_KEY)
             # What no query sees may be anything, nan too, and 0 · nan is nan.
-            weights = jnp.where(visible, weights * lax.broadcast_in_dim(scale, (tokens, m), [0]), 0.0)
+            weights = only_visible(weights * lax.broadcast_in_dim(scale, (tokens, m), [0]), 0.0)
         else:
             clear = functools.partial(clear_values, kept["v"].at[slot], left, each)
             pl.when(left < tokens + each - 1)(clear)
-        kept["weights"].at[parity].T[...] = plgpu.layout_cast(
-            weights.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED
-        )
+        _store_turned(weights.astype(jnp.bfloat16), parity, kept)
         plgpu.commit_smem()
 
         # All threads are past the step before: its buffer is free.
@@ -282,13 +289,12 @@ def _product(kept, name: str, slot, right, shape):
     """`pages · right` in float32; few bits become bfloat16 in registers, or through shared memory that is there."""
     pages = kept[name].at[slot]
     if pages.dtype != jnp.bfloat16:
-        upcast = plgpu.Layout.WGMMA_UPCAST_2X if pages.dtype == jnp.int8 else plgpu.Layout.WGMMA_UPCAST_4X
-        wide = plgpu.layout_cast(plgpu.load(pages, layout=upcast), ROWS).astype(jnp.bfloat16)
-        pages = wide
-        if f"wide_{name}" in kept:
-            kept[f"wide_{name}"][...] = wide
+        wide = kept.get(f"wide_{name}")
+        pages = widened(pages, by_hand=wide is None)
+        if wide is not None:
+            wide[...] = pages
             plgpu.commit_smem()
-            pages = kept[f"wide_{name}"]
+            pages = wide
 
     def multiply(sum_ref):
         plgpu.wgmma(sum_ref, pages, right)
@@ -297,14 +303,11 @@ def _product(kept, name: str, slot, right, shape):
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
-def _visible(left, tokens: int, m: int, options: Options, each: int, group: int):
-    """[tokens, m]: which key a query sees; `left` keys of the step are at or before the last of `each` queries."""
-    keys = plgpu.broadcasted_iota(jnp.int32, (tokens, m), 0, layout=ROWS)
-    behind = left - 1 - keys  # the last query
-    for later in range(1, each):
-        rows = plgpu.broadcasted_iota(jnp.int32, (tokens, m), 1, layout=ROWS)
-        behind = behind - jnp.where(rows < later * group, 1, 0)
-    visible = behind >= 0
-    if options.window is not None:
-        visible &= behind < options.window
-    return visible
+def _store_turned(weights, parity, kept) -> None:
+    """Weights turned around, tokens in the order in which the values have them."""
+    kind, ref = kept["v"].dtype, kept["weights"].at[parity]
+    if kind == jnp.bfloat16:
+        ref.T[...] = plgpu.layout_cast(weights, plgpu.Layout.WGMMA_TRANSPOSED)
+        return
+    lies = tiles(weights.shape[0], jnp.bfloat16)
+    store_turned(weights, ref, lies, _bits(kind), by_hand="wide_v" not in kept)

@@ -7,10 +7,14 @@ The grid goes over pieces of work (sequence, queries, split); a piece loops over
 runs SLOTS - 1 pages ahead of the compute and goes on into the next piece, so that the memory is never idle between
 sequences. Pieces without pages cost a grid step; pages that are not used are not copied.
 
+A piece has all kv heads and up to 128 rows of queries each; of a chunk of a prompt it has some of the heads and up to
+2,048 rows, so that a page is copied for most of a chunk's queries at once.
+
 On chips whose two cores are one device each core takes half of the pieces, with a ring and a cursor of its own.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +22,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from maxstack.kernels import dispatch, tiles
+from maxstack.kernels import dispatch
 from maxstack.kernels.paged_attention.cache import KVCache, LatentCache, head_size, page_size
+from maxstack.kernels.paged_attention.mosaic_tpu_page import (
+    Call,
+    Sums,
+    block_rows,
+    clear,
+    finish,
+    sums_shapes,
+    use_page,
+)
+from maxstack.kernels.paged_attention.mosaic_tpu_sizes import (
+    LANES,
+    TWO_CORES,
+    is_chunk,
+    page_bytes,
+    sizes_for,
+    step,
+)
 from maxstack.kernels.paged_attention.plan import Options, Pieces, joined, pieces
-
-SLOTS = 4
-"""Pages in flight. Fewer, where pages are large, so that they take at most `RING_BYTES`."""
-RING_BYTES = 8 << 20
-"""Of 16 MiB that a kernel may use on a v5e unless it asks for more."""
-MOST_ROWS = 128
-"""Query rows of a piece; a matrix unit has 128 (v5) or 256 (v6e, v7x) columns."""
-LANES = 128
-TWO_CORES = ("v4", "v5p")
 
 
 def declined(q_btnh, cache: KVCache | LatentCache, value_size: int) -> str | None:
@@ -45,8 +57,12 @@ def declined(q_btnh, cache: KVCache | LatentCache, value_size: int) -> str | Non
 
 
 def default_splits(q_btnh, cache, table_pages: int) -> int:
-    """One: a core goes through its pieces in turn, and a sequence alone feeds both cores where there are two."""
-    return 2 if dispatch.chip().name in TWO_CORES and q_btnh.shape[0] == 1 and table_pages > 1 else 1
+    """One: a core goes through its pieces in turn, and a sequence alone feeds both cores where there are two: in two
+    parts, or in a chunk by its heads."""
+    kv_heads = 1 if isinstance(cache, LatentCache) else cache.k_pages.shape[1]
+    if dispatch.chip().name not in TWO_CORES or q_btnh.shape[0] > 1 or table_pages < 2:
+        return 1
+    return 1 if is_chunk(q_btnh, kv_heads) and kv_heads % 2 == 0 else 2
 
 
 def paged_attention(
@@ -59,15 +75,22 @@ def paged_attention(
     *,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "s b t n w"], Float[Array, "s b t n"]]:
-    """Output and log-sum-exp of each split, float32. The table holds pages or -1."""
-    b, t = q_btnh.shape[:2]
+    """Output and log-sum-exp of each split, float32; a final output of a chunk in the dtype of the queries. The table
+    holds pages or -1."""
+    b, t, n, h = q_btnh.shape
     pools = _pools(cache)
     kv_heads, page = pools[0].shape[1], page_size(cache)
-    sizes = _sizes(q_btnh, pools, page)
-    work, each = pieces(q_btnh, kv_heads, lengths_b, options, page, table_bp.shape[1], sizes["rows"])
+    chunk = is_chunk(q_btnh, kv_heads)
+    out_dtype = q_btnh.dtype if chunk and options.final else jnp.dtype(jnp.float32)
+    sizes = sizes_for(q_btnh, pools, page, value_size, out_dtype)
+    work, each = pieces(
+        q_btnh, kv_heads, lengths_b, options, page, table_bp.shape[1], sizes["rows"],
+        step=step(n // kv_heads) if chunk else 1,
+    )  # fmt: skip
     latent = isinstance(cache, LatentCache)
-    out, lse = _call(work, pools, latent, table_bp, options, value_size, each, sizes["slots"], interpret)
-    return joined(out, b, t, each, options.splits), joined(lse[..., 0], b, t, each, options.splits)
+    call = Call(options, each, sizes["heads"], latent, latent or h % LANES != 0, value_size, chunk)
+    out, lse = _call(work, pools, table_bp, call, sizes["slots"], out_dtype, interpret)
+    return joined(out, b, t, each, options.splits), joined(lse, b, t, each, options.splits)
 
 
 def _pools(cache) -> list[Array]:
@@ -82,89 +105,87 @@ def _pools(cache) -> list[Array]:
     return [jnp.swapaxes(pools[0], 2, 3), *pools[1:]] if head_size(cache) % LANES else pools
 
 
-def _sizes(q_btnh, pools, page: int) -> tiles.Sizes:
-    """Query rows of a piece and pages in flight: what the tables have, else as many as said above."""
-    b, t, n, h = q_btnh.shape
-    page_bytes = sum(_bytes(pool) for pool in pools) // pools[0].shape[0]
-    rule = {"rows": MOST_ROWS, "slots": max(2, min(SLOTS, RING_BYTES // page_bytes))}
-    shape = {"b": tiles.about(b), "t": t, "n": n, "k": pools[0].shape[1], "h": h, "p": page}
-    axes = {"rows": (64, 128, 256), "slots": (2, 3, 4, 6, 8)}
-
-    def fault(sizes: tiles.Sizes) -> str | None:
-        slots = sizes["slots"]
-        if slots < 2 or slots * page_bytes > max(RING_BYTES, 2 * page_bytes):
-            return f"{slots} pages of {page_bytes} bytes in flight; it takes 2 at least, and {RING_BYTES} bytes at most"
-        return None
-
-    return tiles.chosen("paged_attention.mosaic_tpu", pools[0].dtype, shape, rule, axes=axes, fault=fault)
-
-
-def _call(
-    work: Pieces, pools, latent: bool, table_bp, options: Options, value_size: int, each: int, slots: int,
-    interpret,
-):  # fmt: skip
-    """(out [r, k, m, w], lse [r, k, m, LANES]); all lanes of an lse are one number."""
-    r = len(work.first_r)
+def _call(work: Pieces, pools, table_bp, call: Call, slots: int, out_dtype, interpret) -> tuple[Array, Array]:
+    """(out [r, k, m, w], lse [r, k, m])."""
+    options, heads = call.options, call.heads
     k, m, h = work.q_rkmh.shape[1:]
+    cuts = k // heads
+    work = Pieces(work.q_rkmh, *(jnp.repeat(x, cuts) for x in work[1:]))
+    r = len(work.first_r)
     cores = 2 if dispatch.chip().name in TWO_CORES and r % 2 == 0 else 1
     per_core = r // cores
-    page_bytes = sum(_bytes(pool) for pool in pools) // pools[0].shape[0]
     narrow = work.q_rkmh.dtype == jnp.bfloat16 and pools[0].dtype != jnp.float32
     dtype = jnp.bfloat16 if narrow else jnp.float32
     q_rkmh = (work.q_rkmh.astype(jnp.float32) * options.scale).astype(dtype)
+    # Rows as the form has them: [m, h], or in blocks.
+    rows = (m // block_rows(m), block_rows(m)) if call.chunk else (m,)
+    q_rkmh = q_rkmh.reshape(-1, k, *rows, h)
+    lse_shape = (*rows[:-1], 1, rows[-1]) if call.chunk else (m, LANES)
 
-    def at(width, whole=1):
-        return pl.BlockSpec(
-            (1, k, m, width), lambda core, i, *_: (jax.lax.div(core * per_core + i, whole), 0, 0, 0)
-        )
+    def at(shape, whole=1):
+        def place(core, i, *_):
+            piece = core * per_core + i
+            cut = jax.lax.rem(piece, cuts) if cuts > 1 else 0
+            return jax.lax.div(piece, whole * cuts), cut, *(0 for _ in shape)
 
+        return pl.BlockSpec((None, heads, *shape), place)
+
+    results = [((*rows, call.value_size), out_dtype), (lse_shape, jnp.float32)]
+    if not interpret:  # else XLA may copy a pool of scales into VMEM, pages that are not in use too
+        pools = [pltpu.with_memory_space_constraint(pool, pltpu.HBM) for pool in pools]
     body = functools.partial(
-        _kernel, options=options, each=each, per_core=per_core, slots=slots, table_pages=table_bp.shape[1],
-        pools=len(pools), latent=latent, turned=latent or h % LANES != 0, value_size=value_size,
+        _kernel, call=call, per_core=per_core, slots=slots, table_pages=table_bp.shape[1], cuts=cuts,
+        pools=len(pools),
     )  # fmt: skip
-    return pl.pallas_call(
+    out, lse = pl.pallas_call(
         body,
-        out_shape=[
-            jax.ShapeDtypeStruct((r, k, m, value_size), jnp.float32),
-            jax.ShapeDtypeStruct((r, k, m, LANES), jnp.float32),
-        ],
+        out_shape=[jax.ShapeDtypeStruct((r // cuts, k, *shape), dtype) for shape, dtype in results],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=6,
             grid=(cores, per_core),
-            in_specs=[at(h, options.splits)] + [pl.BlockSpec(memory_space=pl.ANY)] * len(pools),
-            out_specs=[at(value_size), at(LANES)],
+            in_specs=[at((*rows, h), options.splits)] + [pl.BlockSpec(memory_space=pl.ANY)] * len(pools),
+            out_specs=[at(shape) for shape, _ in results],
             scratch_shapes=[
-                *(pltpu.VMEM((slots, *pool.shape[1:]), pool.dtype) for pool in pools),
+                *(pltpu.VMEM((slots, *_part(pool, heads)), pool.dtype) for pool in pools),
                 pltpu.SemaphoreType.DMA((slots,)),
                 pltpu.SMEM((3,), jnp.int32),
-                pltpu.VMEM((k, m, value_size), jnp.float32),
-                pltpu.VMEM((k, m, LANES), jnp.float32),
-                pltpu.VMEM((k, m, LANES), jnp.float32),
+                *sums_shapes(call, m),
             ],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=_cost(work, page_bytes, table_bp, pools[0].shape[-1] * pools[0].shape[-2], value_size, options),
+        cost_estimate=_cost(q_rkmh, r, page_bytes(pools, heads), table_bp, pools, call, results),
         interpret=interpret,
         name="paged_attention",
     )(
-        table_bp.reshape(-1), work.sequences_r, work.ends_r, work.first_r, work.last_r,
-        _ahead(work, cores), q_rkmh, *pools,
-    )  # fmt: skip
+        table_bp.reshape(-1),
+        work.sequences_r,
+        work.ends_r,
+        work.first_r,
+        work.last_r,
+        _ahead(work, cores),
+        q_rkmh,
+        *pools,
+    )
+    lse = lse if call.chunk else lse[..., 0]
+    return out.reshape(r // cuts, k, m, call.value_size), lse.reshape(r // cuts, k, m)
 
 
-def _bytes(pool) -> int:
-    return pool.size * (4 if pool.dtype == jnp.int4 else 8 * pool.dtype.itemsize) // 8
+def _part(pool, heads: int) -> tuple[int, ...]:
+    """Of a page, what a piece copies."""
+    return (heads, *pool.shape[2:]) if pool.ndim == 4 else pool.shape[1:]
 
 
-def _cost(work: Pieces, page_bytes: int, table_bp, key_numbers: int, value_size: int, options: Options):
+def _cost(q, r: int, copied: int, table_bp, pools, call: Call, results):
     """For XLA's schedule: full sequences, since lengths are known at run time alone."""
-    r, k, m, h = work.q_rkmh.shape
-    pages = r * table_bp.shape[1] // options.splits
-    logits = pages * k * m * key_numbers // h
+    pages = r * table_bp.shape[1] // call.options.splits
+    rows = call.heads * math.prod(q.shape[2:-1])
+    h, tokens = q.shape[-1], math.prod(pools[0].shape[2:]) // q.shape[-1]
+    logits = pages * rows * tokens
+    out = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in results)
     return pl.CostEstimate(
-        flops=2 * logits * (h + value_size),
+        flops=2 * logits * (h + call.value_size),
         transcendentals=logits,
-        bytes_accessed=pages * page_bytes + 4 * r * k * m * (h + value_size),
+        bytes_accessed=pages * copied + r * (rows * h * q.dtype.itemsize + call.heads * out),
     )
 
 
@@ -179,12 +200,13 @@ def _ahead(work: Pieces, cores: int) -> Array:
 
 def _kernel(
     table, sequences, ends, first, last, ahead, q_ref, *refs,
-    options: Options, each: int, per_core: int, slots: int, table_pages: int, pools: int, latent: bool,
-    turned: bool, value_size: int,
+    call: Call, per_core: int, slots: int, table_pages: int, cuts: int, pools: int,
 ):  # fmt: skip
     """One piece. `cursor` holds (piece of the next copy, its page, pages consumed so far), of this core."""
     hbm, (out_ref, lse_ref), ring = refs[:pools], refs[pools : pools + 2], refs[pools + 2 : 2 * pools + 2]
-    arrived, cursor, acc, top, total = refs[2 * pools + 2 :]
+    arrived, cursor, *sums = refs[2 * pools + 2 :]
+    sums, copies = Sums(*sums), functools.partial(_copies, hbm, ring, arrived)
+    first_head = functools.partial(_first_head, call.heads, cuts)
     core, i = pl.program_id(0), pl.program_id(1)
     base = core * per_core
     piece = base + i
@@ -192,12 +214,6 @@ def _kernel(
     def entry(piece, page):
         """Page of the pool, or -1."""
         return table[sequences[piece] * table_pages + page]
-
-    def copies(where, slot):
-        return [
-            pltpu.make_async_copy(pool.at[where], buffer.at[slot], arrived.at[slot])
-            for pool, buffer in zip(hbm, ring, strict=True)
-        ]
 
     def fetch(slot):
         """Start the copy under the cursor, if there is one, and move the cursor."""
@@ -209,7 +225,7 @@ def _kernel(
 
             @pl.when(where >= 0)
             def _():
-                for copy in copies(where, slot):
+                for copy in copies(where, slot, first_head(base + ahead_i)):
                     copy.start()
 
             done = page + 1 >= last[base + ahead_i]
@@ -224,9 +240,7 @@ def _kernel(
         for slot in range(slots - 1):
             fetch(slot)
 
-    acc[...] = jnp.zeros_like(acc)
-    top[...] = jnp.full_like(top, -jnp.inf)
-    total[...] = jnp.zeros_like(total)
+    clear(sums)
 
     @pl.loop(first[piece], last[piece])
     def _(page):
@@ -238,84 +252,27 @@ def _kernel(
 
         @pl.when(where >= 0)
         def _():
-            for copy in copies(where, slot):
+            for copy in copies(where, slot, first_head(piece)):
                 copy.wait()
             buffers = [buffer.at[slot] for buffer in ring]
-            _use_page(
-                q_ref.at[0],
-                buffers,
-                latent,
-                turned,
-                page,
-                ends[piece],
-                acc,
-                top,
-                total,
-                options,
-                each,
-                value_size,
-            )
+            use_page(call, q_ref, buffers, page, ends[piece], first_head(piece), sums)
 
-    # A piece that saw nothing has total 0 and top -inf.
-    safe = jnp.where(total[...] > 0, total[...], 1.0)
-    out_ref[0] = acc[...] / safe[:, :, :1]
-    lse_ref[0] = top[...] + jnp.log(safe)
+    finish(call, sums, out_ref, lse_ref)
 
 
-def _use_page(
-    q_ref, buffers, latent, turned, page, end, acc, top, total, options: Options, each: int, value_size: int
-):
-    """Update the running softmax of every head with one page; `end` is one past the last query's position.
-
-    Keys are [page, h], or [h, page] if `turned`.
-    """
-    heads, m, _ = q_ref.shape
-    keys, values = (buffers[0], buffers[0]) if latent else buffers[:2]
-    scales = buffers[1:] * 2 if latent else buffers[2:]
-    tokens = values.shape[-1]
-    dtype, exact = q_ref.dtype, keys.dtype in (jnp.int8, jnp.int4)
-    left = end - page * tokens  # tokens of this page that some query sees
-
-    if not exact:
-        # What no query sees may be anything, nan too, and 0 · nan is nan. So may be what only later queries see, which
-        # may be padding: there what is not finite becomes 0.
-        @pl.when(left < tokens + each - 1)
-        def _():
-            for head in range(heads):
-                lanes = jax.lax.broadcasted_iota(jnp.int32, values.shape[1:], 1)
-                wide = values[head].astype(jnp.float32)
-                kept = (lanes < left) & ((lanes <= left - each) | (jnp.abs(wide) < jnp.inf))
-                values[head] = jnp.where(kept, wide, 0.0).astype(values.dtype)
-
-    lanes = jax.lax.broadcasted_iota(jnp.int32, (m, tokens), 1)
-    rows = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, (m, tokens), 0), m // each)
-    distance = left - each + rows - lanes  # of position of the query and of the key
-    visible = distance >= 0
-    if options.window is not None:
-        visible &= distance < options.window
-    for head in range(heads):
-        logits = _dot(q_ref[head], keys[head].astype(dtype), ((1,), (0 if turned else 1,)))
-        if scales:
-            logits = logits * scales[0][head][None]
-        if options.softcap is not None:
-            logits = options.softcap * jnp.tanh(logits / options.softcap)
-        logits = jnp.where(visible, logits, -jnp.inf)
-        before = top[head, :, :1]
-        after = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
-        base = jnp.where(after == -jnp.inf, 0.0, after)
-        keep = jnp.exp(before - base)
-        weights = jnp.exp(logits - base)
-        sums = total[head, :, :1] * keep + jnp.sum(weights, axis=1, keepdims=True)
-        total[head] = jnp.broadcast_to(sums, total.shape[1:])
-        top[head] = jnp.broadcast_to(after, top.shape[1:])
-        if scales:
-            weights = jnp.where(visible, weights * scales[1][head][None], 0.0)
-        part = _dot(weights.astype(dtype), values[head, :value_size].astype(dtype), ((1,), (1,)))
-        acc[head] = acc[head] * keep + part
+def _first_head(heads: int, cuts: int, piece):
+    """Of a piece: those of a cut of the heads lie side by side."""
+    return 0 if cuts == 1 else jax.lax.rem(piece, cuts) * heads
 
 
-def _dot(a, b, contract):
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
+def _copies(pools, ring, arrived, where, slot, first_head) -> list:
+    """Of a page into a slot, of as many kv heads as it holds. Scales are copied whole: a tile has all heads."""
+
+    def part(pool, buffer):
+        whole = buffer.shape[1] == pool.shape[1]
+        return pool.at[where] if whole else pool.at[where, pl.ds(first_head, buffer.shape[1])]
+
+    return [
+        pltpu.make_async_copy(part(pool, buffer), buffer.at[slot], arrived.at[slot])
+        for pool, buffer in zip(pools, ring, strict=True)
+    ]

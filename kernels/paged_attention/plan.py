@@ -19,6 +19,8 @@ class Options:
     """Logits are `scale · q·k`."""
     splits: int = 1
     """Parts of each sequence that are computed apart."""
+    final: bool = False
+    """A part is all of the result: nothing is merged into it, and it may be rounded as the queries are."""
 
 
 def usable(page_table_bp, pool: int) -> Int[Array, "b p"]:
@@ -103,13 +105,19 @@ def pieces(
     page: int,
     table_pages: int,
     most_rows: int,
+    step: int = 1,
 ) -> tuple[Pieces, int]:
     """A call cut into pieces of at most `most_rows` query rows (at least one query), and the queries of each.
 
-    Queries that do not fill the first piece are padded in front, where they see no more than real ones.
+    Queries that do not fill the first piece are padded in front, where they see no more than real ones. With a `step`
+    pieces have a multiple of it, as even as that allows.
     """
     b, t, n, _ = q_btnh.shape
     each = max(1, min(t, most_rows // (n // kv_heads)))
+    if step > 1:
+        most = max(step, most_rows // (n // kv_heads) // step * step)
+        each = -(-t // -(-t // most))
+        each = -(-each // step) * step
     tiles = -(-t // each)
     q_btnh = jnp.pad(q_btnh, ((0, 0), (tiles * each - t, 0), (0, 0), (0, 0)))
     q_rkmh = by_kv_head(q_btnh.reshape(b * tiles, each, *q_btnh.shape[2:]), kv_heads)

@@ -7,10 +7,12 @@ warpgroup, so that few tokens waste nothing. Three warpgroups a block, and what 
     outputs 0  |        |wait|values -> bf16|wgmma|scale, add|values -> bf16|wgmma|scale, add| ...
     outputs 1  |        |wait|values -> bf16|wgmma|scale, add|values -> bf16|wgmma|scale, add| ...
 
-A stage is 128 inputs of 128 outputs. Each group's sum is scaled after its product, in float32: no weight is rounded
-again. What a stage held is in registers before it is given back, so that the barrier alone orders its reading and the
-next loading. Where there are too few blocks for the chip, several share the inputs of a tile and their sums are added
-after.
+A stage is 128 inputs of 128 outputs. Weights are widened where they lie, without moving between threads; for that x
+has its inputs in another order (`hopper_widen`). Each group's sum is scaled after its product, in float32: no weight is
+rounded again. What a stage held is in registers before it is given back, so that the barrier alone orders its reading
+and the next loading. Where there are too few blocks for the chip, several share the inputs of a tile and their sums are
+added after. With few tokens two blocks share a multiprocessor, so that memory has eight stages to fetch and is not
+waited for where a block begins.
 """
 
 import functools
@@ -24,6 +26,7 @@ from jaxtyping import Array, Float
 
 from maxstack.kernels import tiles
 from maxstack.kernels.hopper_stages import load_stages
+from maxstack.kernels.hopper_widen import ordered, widened
 from maxstack.kernels.quantized_matmul.weight import QuantizedWeight
 
 ROWS, GROUPS = 64, 2
@@ -38,6 +41,9 @@ WORTH_TOKENS = 512
 BLOCKS = 2 * 132
 """As many as keep an H100 or H200 busy: two for each multiprocessor."""
 REGISTERS = 232
+LEAN_TOKENS = 16
+"""Up to so many in a tile sums take few registers, and several blocks share a multiprocessor: one begins and ends while
+another computes."""
 
 
 def declined(x_tk: Array, w: QuantizedWeight) -> str | None:
@@ -78,7 +84,7 @@ def quantized_matmul(
     x_tk = jnp.pad(x_tk, ((0, -tokens % size), (0, 0)))
     blocks = x_tk.shape[0] // size * (w.outputs // (ROWS * GROUPS))
     splits = splits or _usual_splits(x_tk.shape[0], w, blocks)
-    y_pnt = run(x_tk, w, size, splits, through_memory)
+    y_pnt = run(ordered(x_tk, w.bits), w, size, splits, through_memory)
     y_tn = jnp.sum(y_pnt, 0)[:, :tokens].T
     if w.group == w.inputs:
         return y_tn * w.scale
@@ -104,7 +110,7 @@ def _usual_splits(tokens: int, w: QuantizedWeight, blocks: int) -> int:
 
 
 def run(x_tk: Array, w: QuantizedWeight, size: int, splits: int, through_memory: bool) -> Array:
-    """Sums [part, n, t] over each part of the inputs."""
+    """Sums [part, n, t] over each part of the inputs, which x has in the order of the widened weights."""
     steps = w.inputs // INPUTS // splits
     stages = min(STAGES, steps)
     grouped = w.group != w.inputs
@@ -146,7 +152,7 @@ def block(
     """One block: GROUPS warpgroups multiply, the last one loads."""
     n, t, p = (jax.lax.axis_index(name) for name in "ntp")
     own = jax.lax.axis_index("warpgroup")
-    first = p * steps
+    first, lend = p * steps, size > LEAN_TOKENS
 
     @pl.when(own == GROUPS)
     def _():
@@ -159,11 +165,12 @@ def block(
             if grouped:
                 plgpu.copy_gmem_to_smem(s_kgn.at[first + step, :, outputs], ss.at[stage], ready.at[stage])
 
-        load_stages(load, steps, stages, free)
+        load_stages(load, steps, stages, free, lend=lend)
 
     @pl.when(own < GROUPS)
     def _():
-        plgpu.set_max_registers(REGISTERS, action="increase")
+        if lend:
+            plgpu.set_max_registers(REGISTERS, action="increase")
         rows = pl.ds(own * ROWS, ROWS)
         total = plgpu.layout_cast(jnp.zeros((ROWS, size), jnp.float32), plgpu.Layout.WGMMA)
 
@@ -171,7 +178,7 @@ def block(
             stage = jax.lax.rem(step, stages)
             plgpu.barrier_wait(ready.at[stage])
             scales = [scale_of(ss.at[stage, g, rows]) for g in range(each)] if grouped else []
-            values = values_of(ws.at[stage, rows])
+            values = widened(ws.at[stage, rows], by_hand=wide is None)
             if wide is not None:
                 wide[own] = values
                 plgpu.commit_smem()
@@ -197,9 +204,3 @@ def block(
 def scale_of(ref) -> Array:
     """A scale for each output, where its sums lie."""
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)).astype(jnp.float32)
-
-
-def values_of(ref) -> Array:
-    """Values in bfloat16, as `wgmma` takes them from registers. They are moved between threads in few bits."""
-    layout = plgpu.Layout.WGMMA_UPCAST_2X if ref.dtype == jnp.int8 else plgpu.Layout.WGMMA_UPCAST_4X
-    return plgpu.layout_cast(plgpu.load(ref, layout=layout), plgpu.Layout.WGMMA).astype(jnp.bfloat16)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.kernel_programs import MASKS, MODELS, attention_of
 from benchmarks.kernel_registers import kernel_resources
+from benchmarks.kernel_shapes import MASKS, MODELS, attention_of
 from maxstack.kernels.attention import attention, mosaic_gpu, mosaic_gpu_spans
 from maxstack.kernels.attention.masks import Coordinates, Options
 from maxstack.kernels.attention.mosaic_gpu_tile import Blocks

@@ -20,6 +20,7 @@ from maxstack.kernels.paged_attention import (
     latent_paged_attention,
     mosaic_tpu,
     mosaic_tpu_append,
+    mosaic_tpu_sizes,
     paged_attention,
     plan,
 )
@@ -184,7 +185,7 @@ def test_where_pages_lie_changes_no_bit():
 
 @pytest.mark.slow
 def test_queries_are_tiled_and_two_cores_share_pieces(monkeypatch):
-    monkeypatch.setattr(mosaic_tpu, "MOST_ROWS", 4)  # two queries a piece: 5 are padded to 6
+    monkeypatch.setattr(mosaic_tpu_sizes, "MOST_ROWS", 4)  # two queries a piece: 5 are padded to 6
     made, q = paged((140, 0), heads=1, size=64, page=128, entries=2), queries(2, 5, 2, 64)
     found = interpreted(q, made.cache, made.table, made.lengths, chip="v5p", window=20)
     wanted = brute_force(np.asarray(q, np.float64), made.k, made.v, made.lengths, window=20)

@@ -10,6 +10,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
+from maxstack.kernels.dispatch import Chip, compiling_for
 from maxstack.kernels.quantized_matmul import (
     QuantizedWeight,
     backward,
@@ -90,6 +91,38 @@ def test_tpu_tiles_add_up_without_races(kind, zeros, capfd):
     y = mosaic_tpu.quantized_matmul(x, w, tiles=mosaic_tpu.Tiles(16, 128, 256), interpret=CAREFUL)
     assert largest_error(y, meant) < tolerance(kind)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("kind", "zeros"),
+    [FORMS[1], *(pytest.param(kind, False, marks=pytest.mark.slow) for kind in ("int8", "int4-g32"))],
+)
+def test_tpu_tiles_of_many_tokens_add_up_without_races(kind, zeros, capfd):
+    """Weights are widened once for several parts of a tile; x lies whole, or in parts where it does not fit."""
+    x, w, meant = case(kind, zeros, 700, 256, 256)
+    y = mosaic_tpu.quantized_matmul(
+        x, w, tiles=mosaic_tpu.Tiles(384, 256, 128), interpret=CAREFUL, dtype=jnp.bfloat16
+    )
+    assert y.dtype == jnp.bfloat16
+    assert largest_error(y, meant) < tolerance(kind) + 2**-8
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("chip", "kind", "tokens", "n", "k", "tiles"),
+    [
+        ("v5e", "int8", 4096, 14336, 4096, (1024, 1024, 2048)),  # all inputs of 1,024 tokens fit
+        ("v7x", "int4-g128", 4096, 28672, 8192, (512, 1024, 2048)),  # of 512
+        ("v5e", "int8", 1100, 4096, 4096, (640, 1024, 2048)),  # as even as multiples of 128 can be
+        ("v5e", "int4-g128", 16, 14336, 4096, (16, 512, 2048)),
+    ],
+)
+def test_tpu_tiles_read_little_again_and_fit(chip, kind, tokens, n, k, tiles):
+    w = weight(kind, n, k)
+    with compiling_for(Chip("tpu", chip)):
+        found = mosaic_tpu.tiles_for(tokens, w)
+        assert found == tiles
+        assert mosaic_tpu.vmem_of(found, w) < mosaic_tpu.vmem_bytes()
 
 
 def test_tpu_products_of_int8_are_exact():
@@ -194,7 +227,9 @@ def test_hopper_compiles_every_shape_of_int8(monkeypatch, capfd):
 
 @needs_cuda_compiler
 @pytest.mark.parametrize("kind", ["int4-g128", "int4-g32"])
-def test_hopper_programs_hold_the_kernel_and_spill_nothing(kind, monkeypatch, capfd):
+def test_hopper_programs_hold_the_kernel_spill_nothing_and_leave_room_for_a_second_block(
+    kind, monkeypatch, capfd
+):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     compiled = program("h200", kind, 16, 4096, 4096)
     assert "mosaic_gpu" in str(compiled.as_text())
@@ -202,6 +237,8 @@ def test_hopper_programs_hold_the_kernel_and_spill_nothing(kind, monkeypatch, ca
     spilled = re.findall(r"(\d+) bytes spill", told)
     assert spilled
     assert not any(map(int, spilled)), told
+    # So that two blocks of three warpgroups share the 65,536 registers of a multiprocessor.
+    assert int(re.findall(r"Used (\d+) registers", told)[0]) <= 80
 
 
 @pytest.mark.slow

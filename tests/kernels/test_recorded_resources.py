@@ -6,7 +6,7 @@ import sys
 import jax
 import pytest
 
-from benchmarks import kernel_programs, kernel_table
+from benchmarks import kernel_shapes, kernel_table
 from benchmarks.kernel_table import TABLES, grown, measured, recorded, with_others
 from maxstack.kernels import tiles
 from maxstack.kernels.dispatch import Chip, compiling_for
@@ -17,11 +17,18 @@ QUICK = [
     ("tpu-quantized", {"chip": "v5e", "model": "8B", "weights": "int4-g128", "tokens": "16"}),
     ("tpu-attention", {"chip": "v5e", "model": "1B", "tokens": "2048"}),
     ("tpu-grouped", {"chip": "v6e", "model": "Qwen3-30B-A3B", "weights": "int8", "rows": "64"}),
+    ("tpu-latents", {"chip": "v6e", "pages": "int8", "queries": "1"}),
+    ("tpu-append", {"chip": "v5e", "model": "8B", "pages": "int8", "tokens": "1"}),
     ("hopper-attention", {"model": "8B", "mask": "packed"}),
+    ("hopper-paged", {"model": "8B", "pages": "int4", "queries": "1"}),
     ("hopper-grouped", {"model": "Qwen3-30B-A3B", "weights": "int4-g128", "rows": "64"}),
     ("hopper-quantized", {"model": "8B", "weights": "int8", "tokens": "64"}),
 ]
-MARKS = {"tpu": needs_libtpu, "hopper": needs_cuda_compiler}
+MARKS = {
+    "tpu": [needs_libtpu],
+    "hopper": [needs_cuda_compiler],
+    "cross": [needs_libtpu, needs_cuda_compiler],
+}
 
 
 def of(table):
@@ -55,7 +62,7 @@ def test_the_page_has_every_row_that_the_script_makes(table):
 def test_a_larger_block_is_found_out():
     """A fault planted: twice the inputs a tile."""
     table, key = QUICK[1]
-    function, arguments, _, _ = kernel_programs.quantized_of(key["weights"], int(key["tokens"]), key["model"])
+    function, arguments, _, _ = kernel_shapes.quantized_of(key["weights"], int(key["tokens"]), key["model"])
     with compiling_for(Chip("tpu", key["chip"])), tiles.asked() as requests:
         jax.eval_shape(lambda *each: function(*each), *arguments)
     (request,) = requests.values()

@@ -102,10 +102,10 @@ def token_bytes(pool: Array, first: bool, pools: list[Array]) -> int:
 
 
 def x_bytes(x: Array | None, outputs: int) -> int:
-    """Of a product's activations, where they lie in HBM: once for each tile of outputs."""
-    from maxstack.kernels.quantized_matmul.mosaic_tpu import MOST_OUTPUTS
+    """Of a product's activations, where they lie in HBM: once, or once for each tile of outputs."""
+    from maxstack.kernels.quantized_matmul.mosaic_tpu import MOST_OUTPUTS, resident
 
-    return 0 if x is None else x.bytes * -(-outputs // MOST_OUTPUTS)
+    return 0 if x is None else x.bytes * (1 if resident(*x.shape) else -(-outputs // MOST_OUTPUTS))
 
 
 def held_bytes(leaf: Any) -> int:
