@@ -1,9 +1,9 @@
 """Numbers of 4 and 8 bits become bfloat16 in the registers from which `wgmma` takes its left operand.
 
 Of sixteen columns a thread gives `wgmma` four: two neighbours and two that are eight behind. A word of shared memory
-holds neighbours only. To bring them where they belong two shuffles a word would be needed, and as many choices of bytes.
-They stay where they are instead: a product sums over its columns in any order, if the right operand has its rows in the
-same order, `ordered`. Which order that is comes from what takes numbers apart in the fewest instructions:
+holds neighbours only. To bring them where they belong takes two shuffles a word and as many choices of bytes. They stay
+where they are instead: a product sums over its columns in any order, if the right operand has its rows in the same
+order, `ordered`. Which order that is comes from what takes numbers apart in the fewest instructions:
 
     a word of thread t     n7 n6 n5 n4 n3 n2 n1 n0      columns 8t, 8t + 1, … 8t + 7 of 32
     shifted by 4j, masked  .. .. .. n(4+j) .. .. .. nj  count as columns 8j + 2t and 8j + 2t + 1

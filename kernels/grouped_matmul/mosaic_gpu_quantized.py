@@ -88,10 +88,8 @@ def _block(
 ):  # fmt: skip
     """One block: GROUPS warpgroups multiply, the last one loads."""
     n, v, own = (jax.lax.axis_index(name) for name in ("n", "v", "warpgroup"))
-    group, start = group_v[v], pl.multiple_of(start_v[v], EIGHT)
-    first, end = first_v[v], end_v[v]
+    group, start, first, end = group_v[v], pl.multiple_of(start_v[v], EIGHT), first_v[v], end_v[v]
     steps = jnp.where((real_v[v] == 1) & (end > first), steps, 0)
-    lend = size > LEAN_TOKENS
 
     @pl.when(own == GROUPS)
     def _():
@@ -104,11 +102,11 @@ def _block(
             if grouped:
                 plgpu.copy_gmem_to_smem(s_ekgf.at[group, step, :, outputs], ss.at[stage], ready.at[stage])
 
-        load_stages(load, steps, stages, free, lend=lend)
+        load_stages(load, steps, stages, free, lend=size > LEAN_TOKENS)
 
     @pl.when(own < GROUPS)
     def _():
-        if lend:
+        if size > LEAN_TOKENS:
             plgpu.set_max_registers(REGISTERS, action="increase")
         mine = pl.ds(pl.multiple_of(own * ROWS, ROWS), ROWS)
         total = plgpu.layout_cast(jnp.zeros((ROWS, size), jnp.float32), plgpu.Layout.WGMMA)

@@ -9,9 +9,9 @@ The products are turned around, for a matrix unit wants 64 rows and decoding has
 
 The one barrier of a page, after the weights are in shared memory, also says that every thread is done with the page
 before; only then is its buffer filled again. Pages of 8 and 4 bits become bfloat16 in registers, on their way into
-the product, and scales multiply logits and weights; the components of a query and the tokens of weights lie in the order
-that widening gives (`hopper_widen`). Pages that are seen whole have no mask. Shared memory holds one piece of bfloat16 heads of 128 an SM (198
-KiB), two of int8 and three of int4, which overlap: one waits for its memory while another computes.
+the product; components of queries and tokens of weights lie in the order that widening gives (`hopper_widen`). Scales
+multiply logits and weights. Pages that are seen whole have no mask. Shared memory holds one piece of bfloat16 heads of
+128 an SM (198 KiB), two of int8 and three of int4, which overlap: one waits for its memory while another computes.
 
 Heads of 256 go by halves of a page, so that three stages fit. Values of 96 components lie in 128 rows, for the matrix
 unit takes 64 at a time; what the last 32 give is left behind.
@@ -38,6 +38,7 @@ from maxstack.kernels.paged_attention.mosaic_gpu_page import (
     SMS,
     clear_values,
     not_hopper,
+    seen,
     tiles,
 )
 from maxstack.kernels.paged_attention.plan import Options, Pieces, joined, pieces
@@ -177,8 +178,9 @@ def _call(
             scratch["wide_v"] = plgpu.SMEM(
                 (rows, tokens), jnp.bfloat16, transforms=tiles(tokens, jnp.bfloat16)
             )
+    q_rkmh = work.q_rkmh if exact else ordered(work.q_rkmh, _bits(kind))
     inputs = {
-        "q": work.q_rkmh if exact else ordered(work.q_rkmh, _bits(kind)), "k": cache.k_pages, "v": cache.v_pages, "table": table_bp, "sequences": work.sequences_r,
+        "q": q_rkmh, "k": cache.k_pages, "v": cache.v_pages, "table": table_bp, "sequences": work.sequences_r,
         "ends": work.ends_r, "first": work.first_r, "last": work.last_r,
     }  # fmt: skip
     if not exact:
@@ -233,17 +235,7 @@ def _kernel(given, kept, outs, options: Options, each: int, group: int):
         there = given["table"][sequence, first + lax.div(i, parts)] >= 0
         left = jnp.where(there, end - first * PAGE - i * tokens, -PAGE - each)
 
-        partly = left < tokens + each - 1
-        if options.window is not None:
-            partly |= left > options.window
-
-        def only_visible(values, otherwise):
-            """Most pages are seen whole, and need no mask."""
-
-            def hide(values):
-                return jnp.where(_visible(left, tokens, m, options, each, group), values, otherwise)
-
-            return lax.cond(partly, hide, lambda values: values, values)
+        only_visible = functools.partial(seen, left=left, options=options, each=each, group=group)
 
         plgpu.barrier_wait(kept["k_here"].at[slot])
         logits = only_visible(_logits(kept, slot, tokens, m, options), -jnp.inf)
@@ -319,16 +311,3 @@ def _store_turned(weights, parity, kept) -> None:
         return
     lies = tiles(weights.shape[0], jnp.bfloat16)
     store_turned(weights, ref, lies, _bits(kind), by_hand="wide_v" not in kept)
-
-
-def _visible(left, tokens: int, m: int, options: Options, each: int, group: int):
-    """[tokens, m]: which key a query sees; `left` keys of the step are at or before the last of `each` queries."""
-    keys = plgpu.broadcasted_iota(jnp.int32, (tokens, m), 0, layout=ROWS)
-    behind = left - 1 - keys  # the last query
-    for later in range(1, each):
-        rows = plgpu.broadcasted_iota(jnp.int32, (tokens, m), 1, layout=ROWS)
-        behind = behind - jnp.where(rows < later * group, 1, 0)
-    visible = behind >= 0
-    if options.window is not None:
-        visible &= behind < options.window
-    return visible

@@ -1,10 +1,12 @@
 """What the Hopper kernels of attention over pages share: sizes, blocks of shared memory, values that must not count."""
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from maxstack.kernels import dispatch
+from maxstack.kernels.paged_attention.plan import Options
 
 PAGE = 128
 SMS = 132
@@ -42,3 +44,25 @@ def clear_values(values_ref, left, each: int):
             if each > 1:
                 kept &= (keys <= left - each) | (jnp.abs(values.astype(jnp.float32)) < jnp.inf)
             part[...] = jnp.where(kept, values, jnp.zeros_like(values))
+
+
+def seen(values, otherwise: float, *, left, options: Options, each: int, group: int):
+    """`values` [tokens, m] with `otherwise` for keys that a query does not see; `left` keys are at or before the last
+    of `each` queries. Most pages are seen whole: they are left as they are, without a mask."""
+    tokens, m = values.shape
+    partly = left < tokens + each - 1
+    if options.window is not None:
+        partly |= left > options.window
+
+    def hide(values):
+        keys = plgpu.broadcasted_iota(jnp.int32, (tokens, m), 0, layout=ROWS)
+        behind = left - 1 - keys  # the last query
+        for later in range(1, each):
+            rows = plgpu.broadcasted_iota(jnp.int32, (tokens, m), 1, layout=ROWS)
+            behind = behind - jnp.where(rows < later * group, 1, 0)
+        visible = behind >= 0
+        if options.window is not None:
+            visible &= behind < options.window
+        return jnp.where(visible, values, otherwise)
+
+    return lax.cond(partly, hide, lambda values: values, values)

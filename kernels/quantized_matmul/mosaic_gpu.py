@@ -8,11 +8,11 @@ warpgroup, so that few tokens waste nothing. Three warpgroups a block, and what 
     outputs 1  |        |wait|values -> bf16|wgmma|scale, add|values -> bf16|wgmma|scale, add| ...
 
 A stage is 128 inputs of 128 outputs. Weights are widened where they lie, without moving between threads; for that x
-has its inputs in another order (`hopper_widen`). Each group's sum is scaled after its product, in float32: no weight is rounded
-again. What a stage held is in registers before it is given back, so that the barrier alone orders its reading and the
-next loading. Where there are too few blocks for the chip, several share the inputs of a tile and their sums are added
-after. With few tokens two blocks share a multiprocessor, so that memory has eight stages to fetch and is not waited for
-where a block begins.
+has its inputs in another order (`hopper_widen`). Each group's sum is scaled after its product, in float32: no weight is
+rounded again. What a stage held is in registers before it is given back, so that the barrier alone orders its reading
+and the next loading. Where there are too few blocks for the chip, several share the inputs of a tile and their sums are
+added after. With few tokens two blocks share a multiprocessor, so that memory has eight stages to fetch and is not
+waited for where a block begins.
 """
 
 import functools
@@ -204,4 +204,3 @@ def block(
 def scale_of(ref) -> Array:
     """A scale for each output, where its sums lie."""
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)).astype(jnp.float32)
-

@@ -1,7 +1,7 @@
 """What Hopper's registers hold after widening and turning: the instructions that are emitted, carried out by hand.
 
-The interpreter knows no inline instructions, so kernels in it take the plain forms `ordered` and `.T`. Here the words of
-all 128 threads go through the emitted operations, and what comes out lies where the layouts say and equals the plain
+The interpreter knows no inline instructions, so kernels in it take the plain forms, `ordered` and `.T`. Here the words
+of all 128 threads go through the emitted operations, and what comes out lies where the layouts say and equals the plain
 forms.
 """
 
@@ -38,7 +38,9 @@ def places(layout: mgpu.TiledLayout, shape: tuple[int, int]) -> np.ndarray:
     return tiled.transpose(*order).reshape(THREADS, -1, vector)
 
 
-def run(emit, layout: mgpu.TiledLayout, kind: str, words: np.ndarray) -> tuple[np.ndarray, mgpu.FragmentedArray]:
+def run(
+    emit, layout: mgpu.TiledLayout, kind: str, words: np.ndarray
+) -> tuple[np.ndarray, mgpu.FragmentedArray]:
     """Words [thread, register] after the operations that `emit` makes of an array whose registers they are."""
     with mlir.make_ir_context() as context, ir.Location.unknown():
         mgpu.dialect.register_dialect(context)
@@ -62,7 +64,7 @@ def run(emit, layout: mgpu.TiledLayout, kind: str, words: np.ndarray) -> tuple[n
         return np.stack([known[register] for register in result.registers.flat], 1), result
 
 
-def carried_out(op, known: dict) -> dict:
+def carried_out(op, known: dict) -> dict:  # noqa: C901  one case an operation
     """What one operation gives each thread."""
     given = [known[operand] for operand in op.operands]
     match op.name:
@@ -147,7 +149,9 @@ def test_widened_words_are_the_numbers_in_order(bits):
     words = sum((held[..., i] & (2**bits - 1)) << (bits * i) for i in range(32 // bits)).astype(np.uint32)
     words, made = run(lambda a: hopper_widen.widened_words(a, bits), packed, f"i{bits}", words)
     assert made.layout == plgpu.Layout.WGMMA.to_mgpu()
-    np.testing.assert_array_equal(numbers(words, made.layout), hopper_widen.ordered(jnp.asarray(values), bits))
+    np.testing.assert_array_equal(
+        numbers(words, made.layout), hopper_widen.ordered(jnp.asarray(values), bits)
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])

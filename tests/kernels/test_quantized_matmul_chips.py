@@ -227,7 +227,9 @@ def test_hopper_compiles_every_shape_of_int8(monkeypatch, capfd):
 
 @needs_cuda_compiler
 @pytest.mark.parametrize("kind", ["int4-g128", "int4-g32"])
-def test_hopper_programs_hold_the_kernel_spill_nothing_and_leave_room_for_a_second_block(kind, monkeypatch, capfd):
+def test_hopper_programs_hold_the_kernel_spill_nothing_and_leave_room_for_a_second_block(
+    kind, monkeypatch, capfd
+):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     compiled = program("h200", kind, 16, 4096, 4096)
     assert "mosaic_gpu" in str(compiled.as_text())
