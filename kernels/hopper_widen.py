@@ -86,7 +86,7 @@ def store_turned(x: Array, ref: Any, transforms: tuple, bits: int, *, by_hand: b
 
 def turned_words(values: mgpu.FragmentedArray, bits: int) -> mgpu.FragmentedArray:
     """Pairs of rows that become neighbours, of what the threads have in their registers."""
-    layout, word = mgpu.TiledLayout(**TURNED[bits]), ir.IntegerType.get_signless(32)
+    layout, word = TURNED[bits], ir.IntegerType.get_signless(32)
     lane = arith.andi(mgpu.utils.thread_idx(), arith.constant(word, PARTNER[bits]))
     first = arith.cmpi(arith.CmpIPredicate.eq, lane, arith.constant(word, 0))
     choice = arith.select(first, arith.constant(word, 0x5410), arith.constant(word, 0x3276))
@@ -102,15 +102,19 @@ def turned_words(values: mgpu.FragmentedArray, bits: int) -> mgpu.FragmentedArra
 PARTNER = {4: 16, 8: 8}
 """How far away in a warp the thread is whose row becomes a neighbour."""
 TURNED = {
-    4: {
-        "tiling": Tiling(((64, 8), (32, 8), (8, 8), (4, 8), (2, 2), (2, 1))),
-        "warp_dims": (-12, -8), "lane_dims": (-3, -10, -5), "vector_dim": -2,
-    },
-    8: {
-        "tiling": Tiling(((64, 8), (16, 8), (8, 8), (4, 8), (2, 2), (2, 1))),
-        "warp_dims": (-12,), "lane_dims": (-6, -3, -10, -5), "vector_dim": -2,
-    },
-}  # fmt: skip
+    4: mgpu.TiledLayout(
+        Tiling(((64, 8), (32, 8), (8, 8), (4, 8), (2, 2), (2, 1))),
+        warp_dims=(-12, -8),
+        lane_dims=(-3, -10, -5),
+        vector_dim=-2,
+    ),
+    8: mgpu.TiledLayout(
+        Tiling(((64, 8), (16, 8), (8, 8), (4, 8), (2, 2), (2, 1))),
+        warp_dims=(-12,),
+        lane_dims=(-6, -3, -10, -5),
+        vector_dim=-2,
+    ),
+}
 """Where `turned_words` has its numbers: bits of rows from the highest, then those of warp, lane and register they are.
 
 `wgmma` leaves row 64a + 16w + 8b + r in warp w, lane 4r + c, which has columns 2c and 2c + 1.

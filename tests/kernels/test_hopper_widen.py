@@ -31,11 +31,10 @@ def places(layout: mgpu.TiledLayout, shape: tuple[int, int]) -> np.ndarray:
         parts = tiled.reshape(*kept, *(x for n, t in zip(cut, tile, strict=True) for x in (n // t, t)))
         last = [len(kept) + 2 * i for i in range(len(tile))]
         tiled = parts.transpose(*range(len(kept)), *last, *(i + 1 for i in last))
-    moved = (*layout.warp_dims, *layout.lane_dims, layout.vector_dim)
-    rest = [d for d in range(-tiled.ndim, 0) if d not in moved]
+    moved = [d for d in (*layout.warp_dims, *layout.lane_dims) if isinstance(d, int)]
+    rest = [d for d in range(-tiled.ndim, 0) if d not in (*moved, layout.vector_dim)]
     vector = tiled.shape[layout.vector_dim]
-    order = (*layout.warp_dims, *layout.lane_dims, *rest, layout.vector_dim)
-    return tiled.transpose(*order).reshape(THREADS, -1, vector)
+    return tiled.transpose(*moved, *rest, layout.vector_dim).reshape(THREADS, -1, vector)
 
 
 def run(
@@ -126,8 +125,7 @@ def instructions(text: str, given: list[np.ndarray]) -> np.ndarray:
                     found |= ((eight >> (choice * np.uint64(8))) & np.uint64(0xFF)) << np.uint64(8 * i)
                 found = found.astype(np.uint32)
             case _:
-                if not name.startswith(".reg"):
-                    raise NotImplementedError(name)
+                raise NotImplementedError(name)
         names[to] = found
     return names["$0"]
 
