@@ -19,7 +19,7 @@ constexpr int64_t kKeys = 64;            // of a block
 constexpr int64_t kRows = 96;            // queries times heads of a block, about
 constexpr int64_t kColumns = 2 * kLanes; // of a product at once
 constexpr int64_t kPartKeys = 512;       // least keys whose gradients one thread adds up
-constexpr int64_t kMostParts = 8;
+constexpr int64_t kMostParts = 4;
 
 inline void put(float* to, float value) { *to = value; }
 inline void put(Bf16* to, float value) {

@@ -122,17 +122,19 @@ def test_gradients_equal_those_of_the_reference(length, heads, sizes, options):
 
 
 def packings():
-    """Segments of two rows that are packed in different ways, padding behind the second's last document."""
-    return np.stack([np.repeat([1, 2, 3], [64, 128, 64]), np.repeat([1, 2, 0], [128, 64, 64])]).astype(np.int32)
+    """Segments of two rows that are packed in different ways, padding behind the second's last document. Documents are
+    whole blocks of queries (48 in C++ with two heads a kv head, 64 in XLA) and of keys (64)."""
+    lengths = [192, 384, 192], [384, 192, 192]
+    return np.stack([np.repeat(ids, each) for ids, each in zip(([1, 2, 3], [1, 2, 0]), lengths, strict=True)])
 
 
 @pytest.mark.parametrize(
     ("implementation", "config"), [pytest.param("cpu_native", None, marks=NATIVE), ("xla", Blocks(query=64, key=64))]
 )  # fmt: skip
 def test_blocks_that_no_query_of_a_row_sees_are_not_computed_forward_nor_backward(implementation, config):
-    segments = packings()
-    q, k, v = inputs(2, 256, 256, (1, 2), (8, 8))
-    document = segments[:, None] == np.arange(1, 4)[:, None]  # [row, document, token]
+    segments = jnp.asarray(packings(), jnp.int32)
+    q, k, v = inputs(2, 768, 768, (1, 2), (8, 8))
+    document = np.asarray(segments)[:, None] == np.arange(1, 4)[:, None]  # [row, document, token]
 
     def loss(arrays, which):
         out = attention(*arrays, segment_ids=segments, implementation=implementation, config=config)
