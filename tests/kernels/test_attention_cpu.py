@@ -65,9 +65,7 @@ def float64(q, k, v, *, segments, positions, causal, window, softcap, sinks):
     sunk=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_shape_equals_float64(
-    lengths, heads, sizes, causal, window, softcap, packed, placed, sunk, seed
-):
+def test_any_shape_equals_float64(lengths, heads, sizes, causal, window, softcap, packed, placed, sunk, seed):
     t, s = lengths
     random = np.random.default_rng(seed)
     q, k, v = inputs(2, t, s, heads, sizes, seed)
@@ -162,7 +160,9 @@ def test_a_result_has_the_same_bits_alone_in_a_batch_and_in_a_longer_row():
         np.testing.assert_array_equal(alone[1][0], lse[b, :length])
 
     def gradients(q, k, v):
-        return jax.vjp(lambda *a: attention(*a, implementation="cpu_native"), q, k, v)[1](jnp.ones_like(q[..., :16]))
+        return jax.vjp(lambda *a: attention(*a, implementation="cpu_native"), q, k, v)[1](
+            jnp.ones_like(q[..., :16])
+        )
 
     whole = jax.jit(gradients)(q, k, v)
     alone = jax.jit(gradients)(*(a[1:2] for a in (q, k, v)))

@@ -131,15 +131,13 @@ def test_experts_whose_groups_would_lie_on_several_devices_are_those_of_one_devi
     wanted = run_experts(x, chosen, weights, Experts(inner, inner, last), EXPERTS)
     mesh = sharding.build_mesh(MeshConfig(tensor=2), jax.devices()[:2])
     with jax.set_mesh(mesh):
-        values, scale = ((jax.P(None, "tensor"), jax.P(None, None, "tensor")) if cut else (jax.P(), jax.P()))
+        values, scale = (jax.P(None, "tensor"), jax.P(None, None, "tensor")) if cut else (jax.P(), jax.P())
         place = lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec))  # noqa: E731
         split = dataclasses.replace(
             inner, values=place(inner.values, values), scale=place(inner.scale, scale)
         )
         whole = jax.tree.map(lambda array: place(array, jax.P()), (x, chosen, weights, last))
-        found = jax.jit(run_experts, static_argnums=4)(
-            *whole[:3], Experts(split, split, whole[3]), EXPERTS
-        )
+        found = jax.jit(run_experts, static_argnums=4)(*whole[:3], Experts(split, split, whole[3]), EXPERTS)
     np.testing.assert_allclose(np.asarray(found), wanted, rtol=1e-5, atol=1e-5)
 
 
