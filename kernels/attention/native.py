@@ -33,7 +33,7 @@ def declined(q_btnh, k_bskh, v_bskw, options: Options, at: Coordinates, config: 
 
 def _forward(options, config, q_btnh, k_bskh, v_bskw, sinks_n, at):
     arrays = (q_btnh, k_bskh, v_bskw, *(ids for ids in at if ids is not None))
-    found = cpu_native.attention(q_btnh, k_bskh, v_bskw, *at, **_told(options))
+    found = cpu_native.attention(q_btnh, k_bskh, v_bskw, at, **_told(options))
     out, lse = varying_over(frozenset().union(*map(varying, arrays)), found)
     if sinks_n is None:
         return out, lse
@@ -46,7 +46,7 @@ def _forward(options, config, q_btnh, k_bskh, v_bskw, sinks_n, at):
 def _backward(options, config, q_btnh, k_bskh, v_bskw, at, lse, delta, dout):
     arrays = (q_btnh, k_bskh, v_bskw, dout)
     found = cpu_native.attention_backward(
-        q_btnh, k_bskh, v_bskw, *at, dout.astype(q_btnh.dtype), lse, delta, **_told(options)
+        q_btnh, k_bskh, v_bskw, at, dout.astype(q_btnh.dtype), lse, delta, **_told(options)
     )
     return varying_over(frozenset().union(*map(varying, arrays)), found)
 

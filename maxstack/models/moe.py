@@ -268,7 +268,7 @@ def gather_packed(mine: QuantizedWeight, w: QuantizedWeight, tokens: jax.P) -> Q
 
 
 def lies_whole(down: Any, devices: int) -> bool:
-    """Whether each of several devices has all of an inner width in few bits, since a scale is for weights of several."""
+    """Whether each of several devices has all of an inner width in few bits: a scale is for weights of several."""
     if devices == 1 or not isinstance(down, QuantizedWeight):
         return False
     return jax.typeof(down.values).sharding.spec[-1] is None
@@ -305,7 +305,9 @@ def local_experts(
 
     gate, up = inner(experts.gate_edf, experts.gate_b_ef), inner(experts.up_edf, experts.up_b_ef)
     hidden, down = gated(gate, up, config).astype(x.dtype), experts.down_efd
-    y = times(own_part_among_zeros(hidden, down.inputs) if among_zeros else hidden, down)
+    if among_zeros and isinstance(down, QuantizedWeight):
+        hidden = own_part_among_zeros(hidden, down.inputs)
+    y = times(hidden, down)
     y = jnp.zeros_like(y).at[order].set(y).reshape(tokens, per_token, d)
     return jnp.einsum("tjd,tj->td", y, weights.reshape(tokens, per_token)).reshape(b, t, d)
 
