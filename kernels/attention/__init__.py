@@ -5,15 +5,16 @@ from typing import Any, Literal, overload
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from maxstack.kernels.attention import reference, xla
+from maxstack.kernels.attention import native, reference, xla
 from maxstack.kernels.attention.layout import lay_out
 from maxstack.kernels.attention.masks import Coordinates, Options
 from maxstack.kernels.dispatch import Later, choose, elsewhere
 
-Implementation = Literal["auto", "xla", "reference", "mosaic_gpu", "mosaic_tpu"]
+Implementation = Literal["auto", "xla", "reference", "cpu_native", "mosaic_gpu", "mosaic_tpu"]
 _BACKENDS: dict[str, Any] = {
     "mosaic_gpu": Later("maxstack.kernels.attention.mosaic_gpu"),
     "mosaic_tpu": Later("maxstack.kernels.attention.mosaic_tpu"),
+    "cpu_native": native,
     "xla": xla,
 }
 """Best first. Each has `declined(q, k, v, options, at, config) -> reason or None` and

@@ -31,7 +31,7 @@ def _forward(options, blocks, q_btnh, k_bskh, v_bskw, sinks_n, at):
     b, t, n, _ = q_btnh.shape
     s, k, _ = v_bskw.shape[1:]
     blocks = blocks or blocks_for("forward", q_btnh, k_bskh, v_bskw)
-    drive = _drive(t, s, blocks)
+    drive = _drive(t, s, at, blocks)
     q, kk, v = _pairs_q(q_btnh, k), _pairs_kv(k_bskh), _pairs_kv(v_bskw)
     top, total, out = _in_steps(
         lambda q, kk, v, at: drive.forward(q, kk, v, at, options, blocks),
@@ -39,6 +39,7 @@ def _forward(options, blocks, q_btnh, k_bskh, v_bskw, sinks_n, at):
         (q, kk, v, _pairs_at(at, k)),
         q,
         s,
+        _alike(at, b, k),
     )
     lse = jnp.where(total == 0, -jnp.inf, tile.finite(top) + jnp.log(total))
     if sinks_n is not None:
@@ -51,12 +52,12 @@ def _backward(options, blocks, q_btnh, k_bskh, v_bskw, at, lse, delta, dout):
     b, t, n, h = q_btnh.shape
     s, k = k_bskh.shape[1:3]
     blocks = blocks or blocks_for("backward", q_btnh, k_bskh, v_bskw)
-    drive = _drive(t, s, blocks)
+    drive = _drive(t, s, at, blocks)
     q, kk, v = _pairs_q(q_btnh, k), _pairs_kv(k_bskh), _pairs_kv(v_bskw)
     arrays = (q, kk, jnp.swapaxes(kk, 1, 2), v, _pairs_q(dout.astype(q.dtype), k))
     rest = (_pairs_q(lse[..., None], k)[..., 0], _pairs_q(delta[..., None], k)[..., 0], _pairs_at(at, k))
     step = partial(_backward_step, drive, options, blocks)
-    dq, dk, dv = _in_steps(step, blocks, (*arrays, *rest), q, s)
+    dq, dk, dv = _in_steps(step, blocks, (*arrays, *rest), q, s, _alike(at, b, k))
     # dq comes transposed: inside of the steps XLA would fold the transpose into the product that made it.
     dq = jnp.moveaxis(dq.reshape(b, k, h, n // k, t), 4, 1)
     dq = jnp.swapaxes(dq, 3, 4).reshape(b, t, n, h)
@@ -71,17 +72,23 @@ def _backward_step(drive, options, blocks, q, k, k_t, v, dout, lse, delta, at):
     return drive.backward(q, k, k_t, v, dout, lse, delta, at, options, blocks)
 
 
-def _drive(t: int, s: int, blocks: Blocks):
-    """Which driver of tiles serves this length; long ranges of keys are looped over whatever the queries."""
-    few = -(-t // blocks.query) <= blocks.unrolled and s <= blocks.unrolled * blocks.key
-    return unrolled if few else looped
+def _drive(t: int, s: int, at: Coordinates, blocks: Blocks):
+    """Which driver of tiles serves this length; long ranges of keys are looped over whatever the queries, and so are
+    those of packed rows, of which most are hidden."""
+    few = -(-t // blocks.query) <= (1 if at.q_segments is not None else blocks.unrolled)
+    return unrolled if few and s <= blocks.unrolled * blocks.key else looped
 
 
-def _in_steps(step, blocks: Blocks, arrays, q_rgth, s: int):
-    """`step(*arrays)` a few pairs at a time; every array has the pairs first."""
+def _alike(at: Coordinates, b: int, k: int) -> int:
+    """Pairs that may share a step: those of one row where rows are packed, each in its own way."""
+    return b * k if at.q_segments is None else k
+
+
+def _in_steps(step, blocks: Blocks, arrays, q_rgth, s: int, alike: int):
+    """`step(*arrays)` a few pairs at a time, at most `alike`; every array has the pairs first."""
     pairs, g, t, _ = q_rgth.shape
     few_keys = min(s, blocks.unrolled * blocks.key)
-    size = pairs_a_step(pairs, 4 * g * min(t, blocks.query) * few_keys, blocks)
+    size = pairs_a_step(alike, 4 * g * min(t, blocks.query) * few_keys, blocks)
     if size == pairs:
         return step(*arrays)
     cut = jax.tree.map(lambda a: a.reshape(pairs // size, size, *a.shape[1:]), arrays)

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,10 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int, Int8, Int32, Shaped,
 from maxstack.kernels.cpu_native.build import PREFIX, problem
 
 __all__ = [
-    "MOST_ROWS", "PANEL", "VALUES_A_WORD", "available", "cached_attention", "grouped_int4_product",
-    "grouped_int8_product", "int4_panel_product", "int4_product", "int8_product", "paged_attention", "panel_product",
-    "panel_product_at", "problem", "rms_norm", "row_exponentials", "row_sums", "untouched", "write_rows",
+    "MOST_ROWS", "PANEL", "VALUES_A_WORD", "attention", "attention_backward", "available", "cached_attention",
+    "grouped_int4_product", "grouped_int8_product", "int4_panel_product", "int4_product", "int8_product",
+    "paged_attention", "panel_product", "panel_product_at", "problem", "rms_norm", "row_exponentials", "row_sums",
+    "untouched", "write_rows",
 ]  # fmt: skip
 
 MOST_ROWS = 16
@@ -155,6 +157,52 @@ def cached_attention(
         q_bkgh, k_bk1h, v_bk1w, cached_k_bksh, cached_v_bksw, lengths_b, sinks,
         scale=np.float32(scale), softcap=np.float32(softcap or 0.0), window=np.int64(window or 0),
     )  # fmt: skip
+
+
+def attention(
+    q_btnh: Float[Array, "b t n h"], k_bskh: Float[Array, "b s k h"], v_bskw: Float[Array, "b s k w"],
+    ids: Sequence[Int[Array, "b _"] | None], *, causal: bool, scale: float, softcap: float | None, window: int | None,
+) -> tuple[Float[Array, "b t n w"], Float32[Array, "b t n"]]:  # fmt: skip
+    """Output and log-sum-exp of the logits, of float32 or bfloat16. `ids`: segments of queries and of keys, without
+    which there is one document, and positions of both, else indices."""
+    b, t, n, _ = q_btnh.shape
+    out = (
+        jax.ShapeDtypeStruct((b, t, n, v_bskw.shape[-1]), q_btnh.dtype),
+        jax.ShapeDtypeStruct((b, t, n), jnp.float32),
+    )
+    call = jax.ffi.ffi_call(PREFIX + "attention", out, vmap_method="sequential")
+    attributes = mask_attributes(causal, scale, softcap, window)
+    y_btnw, lse_btn = call(q_btnh, k_bskh, v_bskw, *map(ids_or_none, ids), **attributes)
+    return y_btnw, lse_btn
+
+
+def attention_backward(
+    q_btnh: Float[Array, "b t n h"], k_bskh: Float[Array, "b s k h"], v_bskw: Float[Array, "b s k w"],
+    ids: Sequence[Int[Array, "b _"] | None], dout_btnw: Float[Array, "b t n w"], lse_btn: Float32[Array, "b t n"],
+    delta_btn: Float32[Array, "b t n"], *, causal: bool, scale: float, softcap: float | None, window: int | None,
+) -> tuple[Float[Array, "b t n h"], Float[Array, "b s k h"], Float[Array, "b s k w"]]:  # fmt: skip
+    """Gradients of q, k and v. `lse` is inf for a query that saw nothing; `delta` is Σ dout·out less the cotangent of
+    lse."""
+    out = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q_btnh, k_bskh, v_bskw)]
+    call = jax.ffi.ffi_call(PREFIX + "attention_backward", out, vmap_method="sequential")
+    dq, dk, dv = call(
+        q_btnh, k_bskh, v_bskw, *map(ids_or_none, ids), dout_btnw, lse_btn, delta_btn,
+        **mask_attributes(causal, scale, softcap, window),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def ids_or_none(ids: Int[Array, "b x"] | None) -> Int32[Array, "b x"]:
+    """As C++ takes them: an empty array for none."""
+    return jnp.zeros((0, 0), jnp.int32) if ids is None else ids.astype(jnp.int32)
+
+
+def mask_attributes(causal: bool, scale: float, softcap: float | None, window: int | None) -> dict[str, Any]:
+    """As C++ takes them: 0 for none."""
+    return {
+        "causal": bool(causal), "scale": np.float32(scale), "softcap": np.float32(softcap or 0.0),
+        "window": np.int64(window or 0),
+    }  # fmt: skip
 
 
 def paged_attention(

@@ -25,9 +25,10 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "pages.cc": (),
     "panels.cc": (),
     "packed.cc": (),
+    "attention.cc": (),
 }
 """Files and their own flags."""
-HEADERS = ("pieces.h", "panels.h")
+HEADERS = ("pieces.h", "panels.h", "attention.h")
 SWITCH = "MAXSTACK_NATIVE"
 """Environment variable: 0 does without."""
 COMPILERS = ("c++", "g++", "clang++")
@@ -36,9 +37,9 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 # numbers to 0 in all that it does, numpy included.
 LINK = ("-shared",)
 NAMES = (
-    "cached_attention", "int8_product", "int4_product", "grouped_int8_product", "grouped_int4_product",
-    "int4_panel_product", "paged_attention", "panel_product", "panel_product_at", "rms_norm", "row_exponentials",
-    "row_sums", "untouched", "write_rows",
+    "attention", "attention_backward", "cached_attention", "int8_product", "int4_product", "grouped_int8_product",
+    "grouped_int4_product", "int4_panel_product", "paged_attention", "panel_product", "panel_product_at",
+    "rms_norm", "row_exponentials", "row_sums", "untouched", "write_rows",
 )  # fmt: skip
 PREFIX = "maxstack_"
 SECONDS = 120.0

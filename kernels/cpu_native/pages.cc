@@ -23,8 +23,8 @@ namespace {
 
 constexpr int64_t kPieceTokens = 512;
 constexpr int64_t kBlockRows = 32;   // keys, or components of values, that are made float at once
+constexpr int64_t kRowsAsTheyLie = 6;
 constexpr int64_t kMostRows = 64;    // queries times heads of a piece, but for heads of one query
-constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
 struct Int4 {
   int8_t pair;  // component i in the low half, i + size / 2 in the high half
@@ -33,19 +33,17 @@ struct Int4 {
 template <typename T>
 constexpr int64_t kNumbers = std::is_same_v<T, Int4> ? 2 : 1;  // of an element
 
+// The halves of pairs, each alone.
+struct Low {
+  int8_t pair;
+};
+struct High {
+  int8_t pair;
+};
+
 constexpr int64_t whole(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 inline float exponential(float x) { return exponential(Vec{} + x)[0]; }
-
-inline Vec hyperbolic_tangent(Vec x) {
-  Vec size = x < Vec{} ? -x : x, square = x * x, p = Vec{} - 5.70498872745e-3f;
-  for (float c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f})
-    p = add_product(p, square, Vec{} + c);
-  Vec small = add_product(p * square, x, x);
-  Vec large = 1.0f - 2.0f / (exponential(size + size) + 1.0f);
-  large = x < Vec{} ? -large : large;
-  return size < Vec{} + 0.625f ? small : large;
-}
 
 // Asks for memory that is read soon: the processor's own guess ends where a page of a head does. Worth it for float32
 // alone, where memory is what is waited for.
@@ -55,8 +53,6 @@ inline void fetch(const T* p, int64_t count) {
     for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(p + i);
 }
 
-inline float finite(float top) { return top == kHidden ? 0.0f : top; }
-
 // `count` numbers as float.
 template <typename T>
 inline void widen(const T* from, int64_t count, float* to, float*) {
@@ -65,14 +61,26 @@ inline void widen(const T* from, int64_t count, float* to, float*) {
   for (; i < count; ++i) to[i] = value_of(from[i]);
 }
 
+// kLanes of them as float.
+#if defined(__AVX512F__)
+inline Vec of_four_bits(Ints index) {  // by their lowest four
+  const Vec value = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+  return (Vec)_mm512_permutexvar_ps((__m512i)index, (__m512)value);
+}
+#else
+inline Vec of_four_bits(Ints index) { return converted((index << 28) >> 28); }
+#endif
+inline Vec load(const Low* p) { return of_four_bits(ints(reinterpret_cast<const int8_t*>(p))); }
+inline Vec load(const High* p) { return of_four_bits(ints(reinterpret_cast<const int8_t*>(p)) >> 4); }
+
 template <>
 inline void widen(const Int4* from, int64_t count, float* low, float* high) {
   const int8_t* bytes = reinterpret_cast<const int8_t*>(from);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     Ints both = ints(bytes + i);
-    store(low + i, converted((both << 28) >> 28));
-    store(high + i, converted(both >> 4));
+    store(low + i, of_four_bits(both));
+    store(high + i, of_four_bits(both >> 4));
   }
   for (; i < count; ++i) {
     low[i] = static_cast<int8_t>(static_cast<uint8_t>(bytes[i]) << 4) >> 4;
@@ -80,39 +88,39 @@ inline void widen(const Int4* from, int64_t count, float* low, float* high) {
   }
 }
 
+// All of a row: the low halves, behind them the high ones.
+template <int B, int R>
+inline void add_products(const float* x, int64_t xs, const Int4* w, int64_t ws, int64_t k, Vec (&acc)[B][R]) {
+  add_products(x, xs, reinterpret_cast<const Low*>(w), ws, k, acc);
+  add_products(x + k, xs, reinterpret_cast<const High*>(w), ws, k, acc);
+}
+
 // y[b, r] = sum x[b] w[r], or what was there and that, for B rows of x and `count` rows of w.
-template <int B>
-void rows_of_products(const float* x, int64_t xs, const float* w, int64_t ws, int64_t count, int64_t length, float* y,
+template <int B, typename W>
+void rows_of_products(const float* x, int64_t xs, const W* w, int64_t ws, int64_t count, int64_t length, float* y,
                       int64_t ys, bool add) {
-  auto put = [=](int64_t b, int64_t r, float value) { y[b * ys + r] = add ? y[b * ys + r] + value : value; };
-  int64_t r = 0;
-  if constexpr (B == 1)  // sums enough for the multipliers to work on
-    for (; r + 8 <= count; r += 8) {
-      Vec acc[1][8] = {};
-      add_products(x, xs, w + r * ws, ws, length, acc);
-      float eight[8];
-      sums(acc[0][0], acc[0][1], acc[0][2], acc[0][3], eight);
-      sums(acc[0][4], acc[0][5], acc[0][6], acc[0][7], eight + 4);
-      for (int i = 0; i < 8; ++i) put(0, r + i, eight[i]);
-    }
-  for (; r + 4 <= count; r += 4) {
-    Vec acc[B][4] = {};
+  auto some = [=](auto constant, int64_t r) {
+    constexpr int R = decltype(constant)::value;
+    Vec acc[B][R] = {};
     add_products(x, xs, w + r * ws, ws, length, acc);
+#pragma GCC unroll 4
     for (int b = 0; b < B; ++b) {
-      float four[4];
-      sums(acc[b][0], acc[b][1], acc[b][2], acc[b][3], four);
-      for (int i = 0; i < 4; ++i) put(b, r + i, four[i]);
+      float found[R];
+      sums_of(acc[b], found);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) y[b * ys + r + i] = add ? y[b * ys + r + i] + found[i] : found[i];
     }
-  }
-  for (; r < count; ++r) {
-    Vec acc[B][1] = {};
-    add_products(x, xs, w + r * ws, ws, length, acc);
-    for (int b = 0; b < B; ++b) put(b, r, sum(acc[b][0]));
-  }
+  };
+  int64_t r = 0;
+  if constexpr (B == 1 || kLanes == 16)  // sums enough for the multipliers to work on, as far as registers go
+    for (; r + 8 <= count; r += 8) some(std::integral_constant<int, 8>{}, r);
+  for (; r + 4 <= count; r += 4) some(std::integral_constant<int, 4>{}, r);
+  for (; r < count; ++r) some(std::integral_constant<int, 1>{}, r);
 }
 
 // The same for any number of rows of x; `length` is one of whole vectors.
-void products(const float* x, int64_t xs, int64_t rows, const float* w, int64_t ws, int64_t count, int64_t length,
+template <typename W>
+void products(const float* x, int64_t xs, int64_t rows, const W* w, int64_t ws, int64_t count, int64_t length,
               float* y, int64_t ys, bool add) {
   int64_t b = 0;
   for (; rows - b == 3 || rows - b > 4; b += 3)  // four are better two and two than three and one
@@ -222,6 +230,13 @@ void weigh(const Shape& s, float* row, const Desk& desk, bool scaled, int64_t fr
   *top = largest;
 }
 
+// Whether numbers in few bits are made float in the products themselves, to the same bits: few rows have no use for a
+// float copy. Whole vectors only.
+template <typename T>
+inline bool as_they_lie(int64_t rows, int64_t elements) {
+  return !std::is_same_v<T, float> && rows <= kRowsAsTheyLie && elements % kLanes == 0;
+}
+
 // Logits of all rows with the tokens [lo, hi) of a page.
 template <typename T>
 void with_keys(const Shape& s, const Desk& desk, int64_t rows, const T* keys, int64_t lo, int64_t hi) {
@@ -230,6 +245,11 @@ void with_keys(const Shape& s, const Desk& desk, int64_t rows, const T* keys, in
     int64_t count = std::min(kBlockRows, hi - at);
     fetch(keys + (at + count) * elements, std::min(kBlockRows, s.page - at - count) * elements);
     const float* block = desk.block;
+    if (as_they_lie<T>(rows, elements)) {
+      products(desk.queries, row, rows, keys + at * elements, elements, count, elements, desk.logits + at, s.line(),
+               false);
+      continue;
+    }
     bool as_it_is = std::is_same_v<T, float> && s.size == row;
     if (as_it_is) block = reinterpret_cast<const float*>(keys + at * s.size);
     for (int64_t r = 0; r < count && !as_it_is; ++r) {
@@ -254,15 +274,24 @@ void with_values(const Shape& s, const Desk& desk, int64_t rows, const T* values
                  int64_t sure_lo, int64_t sure_hi, int64_t from, int64_t to, float* out) {
   int64_t elements = s.size / kNumbers<T>, held = std::min(to, s.page) - from, length = to - from;
   const float* weights = desk.logits + from;
-  // What no query sees may be anything, nan too, and 0 nan is nan.
+  // What no query sees may be anything, in floats nan too, and 0 nan is nan.
   bool partial = lo > from || hi < to || sure_lo > lo || sure_hi < hi;
+  bool as_it_is = std::is_same_v<T, float> ? !partial : as_they_lie<T>(rows, held) && held == length;
+  if (std::is_same_v<T, Bf16> && partial) as_it_is = false;
   float *low = desk.block, *high = low + kBlockRows * length;
   for (int64_t w = 0; w < elements; w += kBlockRows) {
     int64_t count = std::min(kBlockRows, elements - w);
     fetch(values + (w + count) * s.page, std::min(kBlockRows, elements - w - count) * s.page);
-    if (std::is_same_v<T, float> && !partial) {
-      const float* block = reinterpret_cast<const float*>(values + w * s.page + from);
-      products(weights, s.line(), rows, block, s.page, count, length, out + w, s.size, true);
+    const T* block = values + w * s.page + from;
+    if (as_it_is) {
+      if constexpr (kNumbers<T> == 1) {
+        products(weights, s.line(), rows, block, s.page, count, length, out + w, s.size, true);
+      } else {
+        auto *low = reinterpret_cast<const Low*>(block);
+        products(weights, s.line(), rows, low, s.page, count, length, out + w, s.size, true);
+        auto *high = reinterpret_cast<const High*>(block);
+        products(weights, s.line(), rows, high, s.page, count, length, out + elements + w, s.size, true);
+      }
       continue;
     }
     for (int64_t r = 0; r < count; ++r) {

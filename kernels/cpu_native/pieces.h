@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <thread>
 
@@ -112,6 +113,20 @@ inline Vec exponential(Vec x) {
   return x < least ? Vec{} : e;
 }
 
+constexpr float kHidden = -std::numeric_limits<float>::infinity();  // the logit of a key that is not seen
+
+inline float finite(float top) { return top == kHidden ? 0.0f : top; }
+
+inline Vec hyperbolic_tangent(Vec x) {
+  Vec size = x < Vec{} ? -x : x, square = x * x, p = Vec{} - 5.70498872745e-3f;
+  for (float c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f})
+    p = add_product(p, square, Vec{} + c);
+  Vec small = add_product(p * square, x, x);
+  Vec large = 1.0f - 2.0f / (exponential(size + size) + 1.0f);
+  large = x < Vec{} ? -large : large;
+  return size < Vec{} + 0.625f ? small : large;
+}
+
 #if defined(__AVX2__)
 inline __m256 folded(Vec v) {
 #if defined(__AVX512F__)
@@ -145,6 +160,33 @@ inline float sum(Vec v) {
   return four[0];
 }
 
+// The sums of R vectors, each in that order.
+template <int R>
+inline void sums_of(const Vec (&from)[R], float* to) {
+  if constexpr (R >= 4)
+    for (int r = 0; r < R; r += 4) sums(from[r], from[r + 1], from[r + 2], from[r + 3], to + r);
+  else
+    for (int r = 0; r < R; ++r) to[r] = sum(from[r]);
+}
+
+#if defined(__AVX512F__)
+// Of eight at once: halves are added, then neighbours, pairs, and fours, as above.
+inline void sums_of(const Vec (&from)[8], float* to) {
+  __m512 half[4], pairs[2];
+  for (int i = 0; i < 4; ++i) {
+    __m512 a = (__m512)from[i], b = (__m512)from[i + 4];
+    half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+  auto neighbours = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+  };
+  for (int i = 0; i < 2; ++i) pairs[i] = neighbours(half[2 * i], half[2 * i + 1]);
+  __m512 fours = neighbours(pairs[0], pairs[1]);
+  __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(fours, fours, 0x08), _mm512_shuffle_f32x4(fours, fours, 0x0d));
+  _mm256_storeu_ps(to, _mm512_castps512_ps256(all));
+}
+#endif
+
 // Adds to `acc` the products of B rows of x and R rows of w, lane by lane, as far as whole vectors of the `k` numbers
 // go. Returns how far.
 template <int B, int R, typename W>
@@ -152,11 +194,14 @@ inline int64_t add_products(const float* x, int64_t x_stride, const W* w, int64_
                             Vec (&acc)[B][R]) {
   int64_t i = 0;
   for (; i + kLanes <= k; i += kLanes) {
-    Vec row[R];
-    for (int r = 0; r < R; ++r) row[r] = load(w + r * w_stride + i);
-    for (int b = 0; b < B; ++b) {
-      Vec part = load(x + b * x_stride + i);
-      for (int r = 0; r < R; ++r) acc[b][r] = add_product(part, row[r], acc[b][r]);
+    Vec part[B];
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) part[b] = load(x + b * x_stride + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Vec row = load(w + r * w_stride + i);
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) acc[b][r] = add_product(part[b], row, acc[b][r]);
     }
   }
   return i;

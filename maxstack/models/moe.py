@@ -245,13 +245,11 @@ def run_experts(
             return gather_packed(mine, w, spec)
         return sharding.gather_local(mine, jax.typeof(w).sharding.spec, spec, kind(w))
 
-    down = experts.down_efd
-    if isinstance(down, QuantizedWeight):
-        check_groups_are_whole(down, mesh.shape["tensor"])
+    whole_groups = lies_whole(experts.down_efd, mesh.shape["tensor"])
 
     def run(x: Array, chosen: Array, weights: Array, cut: Experts) -> Array:
         gathered = jax.tree.map(gather, cut, experts, is_leaf=in_few_bits)
-        y = local_experts(x, chosen, weights, gathered, config=config)
+        y = local_experts(x, chosen, weights, gathered, config=config, among_zeros=whole_groups)
         return jax.lax.psum(y, "tensor")
 
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, operands)
@@ -269,17 +267,26 @@ def gather_packed(mine: QuantizedWeight, w: QuantizedWeight, tokens: jax.P) -> Q
     return dataclasses.replace(held, inputs=inputs, group=inputs if w.group == w.inputs else w.group)
 
 
-def check_groups_are_whole(down: QuantizedWeight, devices: int) -> None:
-    """Raise UserError where the inner width is cut over devices and a scale would be for weights of several."""
-    if devices > 1 and jax.typeof(down.values).sharding.spec[-1] is None:
-        raise UserError(
-            f"packed weights of experts: an inner width of {down.inputs} is not whole groups of {down.group} on each "
-            f"of {devices} devices along `tensor`: load with weights='int8', which has one group, or cut over fewer"
-        )
+def lies_whole(down: Any, devices: int) -> bool:
+    """Whether each of several devices has all of an inner width in few bits: a scale is for weights of several."""
+    if devices == 1 or not isinstance(down, QuantizedWeight):
+        return False
+    return jax.typeof(down.values).sharding.spec[-1] is None
 
 
-def local_experts(x: Array, chosen: Array, weights: Array, experts: Experts, *, config: MoEConfig) -> Array:
-    """Tokens sorted by expert, three grouped products, and the way back; each expert's columns may be split."""
+def own_part_among_zeros(hidden_rf: Array, inputs: int) -> Array:
+    """Inside `jax.shard_map`: the inner width of one device among `inputs`, and 0 in those of the others, so that sums
+    over the devices of its products with a whole matrix are those of all."""
+    mine = jax.lax.axis_index("tensor")
+    parts = range(inputs // hidden_rf.shape[-1])
+    return jnp.concatenate([jnp.where(mine == part, hidden_rf, 0) for part in parts], axis=-1)
+
+
+def local_experts(
+    x: Array, chosen: Array, weights: Array, experts: Experts, *, config: MoEConfig, among_zeros: bool = False
+) -> Array:
+    """Tokens sorted by expert, three grouped products, and the way back; each expert's columns may be split, for a last
+    matrix that is split alike or (`among_zeros`) whole."""
     b, t, d = x.shape
     per_token, tokens = config.experts_per_token, b * t
     flat = chosen.reshape(-1)
@@ -297,7 +304,10 @@ def local_experts(x: Array, chosen: Array, weights: Array, experts: Experts, *, 
         return y if b_ef is None else y + b_ef[of]
 
     gate, up = inner(experts.gate_edf, experts.gate_b_ef), inner(experts.up_edf, experts.up_b_ef)
-    y = times(gated(gate, up, config).astype(x.dtype), experts.down_efd)
+    hidden, down = gated(gate, up, config).astype(x.dtype), experts.down_efd
+    if among_zeros and isinstance(down, QuantizedWeight):
+        hidden = own_part_among_zeros(hidden, down.inputs)
+    y = times(hidden, down)
     y = jnp.zeros_like(y).at[order].set(y).reshape(tokens, per_token, d)
     return jnp.einsum("tjd,tj->td", y, weights.reshape(tokens, per_token)).reshape(b, t, d)
 

@@ -119,12 +119,26 @@ def test_experts_are_packed_and_routers_are_not():
     assert after[f"{layer}.router"] is before[f"{layer}.router"]
 
 
-def test_groups_of_experts_that_lie_on_several_devices_are_refused():
-    w = jax.vmap(functools.partial(quantize, kind="int4-g32"))(jnp.ones((4, 32, 48)))
+@pytest.mark.parametrize("cut", [True, False])
+def test_experts_whose_groups_would_lie_on_several_devices_are_those_of_one_device(cut):
+    random = np.random.default_rng(0)
+    pack = jax.vmap(functools.partial(quantize, kind="int4-g32"))
+    inner, last = (
+        pack(jnp.asarray(random.normal(size=(4, *shape)), jnp.float32)) for shape in ((48, 32), (32, 48))
+    )
+    x = jnp.asarray(random.normal(size=(1, 2, 32)), jnp.float32)
+    chosen, weights = jnp.asarray([[[0, 3], [1, 3]]]), jnp.asarray([[[0.7, 0.3], [0.5, 0.5]]])
+    wanted = run_experts(x, chosen, weights, Experts(inner, inner, last), EXPERTS)
     mesh = sharding.build_mesh(MeshConfig(tensor=2), jax.devices()[:2])
-    weights = jnp.ones((1, 2, 2))
-    with jax.set_mesh(mesh), pytest.raises(UserError, match="48 is not whole groups of 32 on each of 2"):
-        run_experts(jnp.ones((1, 2, 32)), weights.astype(int), weights, Experts(w, w, w), EXPERTS)
+    with jax.set_mesh(mesh):
+        values, scale = (jax.P(None, "tensor"), jax.P(None, None, "tensor")) if cut else (jax.P(), jax.P())
+        place = lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec))  # noqa: E731
+        split = dataclasses.replace(
+            inner, values=place(inner.values, values), scale=place(inner.scale, scale)
+        )
+        whole = jax.tree.map(lambda array: place(array, jax.P()), (x, chosen, weights, last))
+        found = jax.jit(run_experts, static_argnums=4)(*whole[:3], Experts(split, split, whole[3]), EXPERTS)
+    np.testing.assert_allclose(np.asarray(found), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FEW)
