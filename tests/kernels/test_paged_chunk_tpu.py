@@ -1,11 +1,20 @@
 """Chunks of a prompt over pages on a TPU: the form with keys down, in the interpreter, against float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from maxstack.kernels.dispatch import Chip, compiling_for
-from maxstack.kernels.paged_attention import mosaic_tpu_sizes, plan
+from maxstack.kernels.paged_attention import (
+    init_cache,
+    init_latent_cache,
+    latent_paged_attention,
+    mosaic_tpu_sizes,
+    paged_attention,
+    plan,
+)
+from tests.kernels.chips import TPUS, compiled_for, needs_libtpu
 from tests.kernels.paged import brute_force, latent_cache, paged, queries, stale
 from tests.kernels.test_paged_attention_tpu import CLOSE, EXACT, interpreted
 
@@ -118,3 +127,31 @@ def test_a_chunk_copies_its_pages_for_many_rows_at_once(model, t, rows, heads):
     work, _ = plan.pieces(q, k, lengths, options, 128, 80, sizes["rows"], step)
     assert (work.q_rkmh.shape[2], sizes["heads"]) == (rows, heads)
     assert few == {"rows": 128, "heads": k, "slots": 4}
+
+
+def chunk_program(chip, kind, model, **options):
+    """64 queries of each of 4 sequences of up to 8,192 tokens."""
+    n, k, h = model
+    latent = k == 1
+    with compiling_for(Chip("tpu", chip)):
+        make = (
+            (lambda: init_latent_cache(256, h, dtype=kind))
+            if latent
+            else (lambda: init_cache(256, k, h, dtype=kind))
+        )
+        cache = jax.eval_shape(make)
+    function = latent_paged_attention if latent else paged_attention
+    options |= {"value_size": 512, "scale": 0.07} if latent else {}
+    q = jax.ShapeDtypeStruct((4, 64, n, h), jnp.bfloat16)
+    table, lengths = jax.ShapeDtypeStruct((4, 64), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)
+    return compiled_for(chip, lambda *args: function(*args, **options), q, cache, table, lengths)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", TPUS)
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_chunks_of_latents_and_of_odd_groups_compile(chip, kind):
+    """DeepSeek-V3's 128 heads over latents of 512 + 64, and 3 query heads to a kv head of 64."""
+    for model, options in (((128, 1, 576), {}), ((9, 3, 64), {"window": 1000, "softcap": 30.0})):
+        assert "tpu_custom_call" in str(chunk_program(chip, kind, model, **options).as_text())
