@@ -48,7 +48,7 @@ ATTENTION = {
     "cap": ((Q, KV, KV), {"softcap": 0.0}, ValueError, "softcap is 0.0; it must be positive"),
     "sinks": ((Q, KV, KV), {"sinks": shaped(2)}, ValueError, r"sinks \(2,\) must have one number for each of 6"),
     "ids": ((Q, KV, KV), {"segment_ids": IDS[:, :3]}, ValueError, r"of the queries are \(1, 3\), the queries \(1, 4"),
-    "one id for two": ((Q, KV[:, :2], KV[:, :2]), {"positions": IDS}, ValueError, "4 queries and 2 keys need positions"),
+    "one id for two": ((Q, KV[:, :2], KV[:, :2]), {"positions": IDS}, ValueError, "4 queries and 2 keys need pos"),
     "ids of floats": ((Q, KV, KV), {"positions": shaped(1, 4)}, TypeError, "must be integers, not float32"),
     "name": ((Q, KV, KV), {"implementation": "triton"}, ValueError, "unknown implementation 'triton'; known: auto"),
 }  # fmt: skip
@@ -98,11 +98,11 @@ def test_latents_are_refused_with_the_numbers():
         latent(cache._replace(scale=None))
     with pytest.raises(ValueError, match=r"scale is \(4, 7\); pages of int8 take \(4, 8\)"):
         latent(cache._replace(scale=shaped(4, 7)))
-    with pytest.raises(TypeError, match="must be bfloat16, float32, int8 or int4 .* not float16"):
+    with pytest.raises(TypeError, match=r"must be bfloat16, float32, int8 or int4 .* not float16"):
         latent(cache._replace(pages=shaped(4, 8, 8, dtype=jnp.float16), scale=None))
     with pytest.raises(ValueError, match="values are the first 9 of 8 components"):
         latent(cache, value_size=9)
-    with pytest.raises(ValueError, match="latent_paged_attention: softcap is 0.0"):
+    with pytest.raises(ValueError, match=r"latent_paged_attention: softcap is 0\.0"):
         latent(cache, softcap=0.0)
 
 
