@@ -119,7 +119,9 @@ def _check(x_td, w_dv, labels_t, weights_t, softcap, chunk):
             f"cross_entropy: x must be [..., d] and w [d, v] and hold something, not {x_td.shape} and {w_dv.shape}"
         )
     if x_td.shape[-1] != w_dv.shape[0]:
-        raise ValueError(f"cross_entropy: x has width {x_td.shape[-1]}, w_dv {w_dv.shape} takes {d}")
+        raise ValueError(
+            f"cross_entropy: x has width {x_td.shape[-1]}, w_dv {w_dv.shape} takes {w_dv.shape[0]}"
+        )
     if labels_t.shape != x_td.shape[:-1]:
         raise ValueError(
             f"cross_entropy: labels {labels_t.shape} must be the leading shape of x {x_td.shape}"

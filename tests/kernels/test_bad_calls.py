@@ -1,5 +1,7 @@
 """Calls of kernels that cannot be served: one sentence with the numbers; and those of nothing, which can."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -36,7 +38,7 @@ def shaped(*shape: int, dtype=jnp.float32):
 
 Q, KV = shaped(1, 4, 6, 8), shaped(1, 4, 2, 8)
 IDS = shaped(1, 4, dtype=jnp.int32)
-ATTENTION = {
+ATTENTION: dict[str, Any] = {
     "rank": ((Q[0], KV, KV), {}, ValueError, r"q must be \[batch, position, heads, size\], not \(4, 6, 8\)"),
     "heads": ((Q, shaped(1, 4, 4, 8), shaped(1, 4, 4, 8)), {}, ValueError, "heads 6 must be a multiple of kv heads 4"),
     "no heads": ((Q, KV[:, :, :0], KV[:, :, :0]), {}, ValueError, r"k \(1, 4, 0, 8\) must have at least 1 head"),
