@@ -21,7 +21,7 @@ from maxstack.kernels.paged_attention import (
     latent_paged_attention,
     paged_attention,
 )
-from maxstack.kernels.quantized_matmul import quantize, quantized_matmul, stored
+from maxstack.kernels.quantized_matmul import quantize, quantized_matmul
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +132,7 @@ CALLS = {
         WIDE[0, :2], init_cache(4, 2, 128), TABLE, LENGTHS, implementation=name
     ),
     "quantized_matmul": lambda name: quantized_matmul(
-        WIDE[0, :, 0], stored(quantize(shaped(128, 128), "int8"), "int8"), implementation=name
+        WIDE[0, :, 0], quantize(shaped(128, 128), "int8"), implementation=name
     ),
     "grouped_matmul": lambda name: grouped_matmul(
         WIDE[0, :, 0], shaped(2, 128, 128, dtype=jnp.bfloat16), jnp.asarray([100, 28]), implementation=name
