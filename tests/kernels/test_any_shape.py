@@ -30,7 +30,7 @@ def along(function, arrays, ways) -> float:
     return (ends[0] - ends[1]) / (2 * STEP)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     lengths=st.sampled_from([(1, 1), (1, 7), (9, 9), (19, 23), (23, 5)]),
     heads=st.sampled_from([(1, 1), (3, 1), (4, 2)]),
@@ -83,7 +83,7 @@ def test_attention_and_its_gradients_equal_brute_force(
     np.testing.assert_allclose(ours_along, slope, **SLOPE)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     tokens=st.sampled_from([1, 7, 33]),
     d=st.sampled_from([1, 6]),
