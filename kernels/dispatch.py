@@ -123,6 +123,10 @@ def elsewhere(backend: str) -> str | None:
 
 
 def only_on(platform: str) -> str | None:
-    """The reason of a backend that needs a platform; None where this is it."""
+    """The reason of a backend that needs a platform; None where this is it, and a generation of TPU that is known."""
     here = chip()
-    return None if here.platform == platform else f"it needs a {platform.upper()}, and this is a {here.name}"
+    if here.platform != platform:
+        return f"it needs a {platform.upper()}, and this is a {here.name}"
+    if platform == "tpu" and here.name not in (known := sorted({name for _, name in _TPUS})):
+        return f"a TPU {here.name!r} is none that it was compiled for; known: {', '.join(known)}"
+    return None

@@ -19,6 +19,7 @@ _BACKENDS: dict[str, Any] = {
 }
 """Best first. Each has `declined(q, k, v, options, at, config) -> reason or None` and
 `attention(options, config, layout, q, k, v, sinks, at) -> (out, lse)`, made by `derivative.differentiable`."""
+_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 Ids = Int[Array, "b t"] | tuple[Int[Array, "b t"], Int[Array, "b s"]]
 
 
@@ -67,7 +68,7 @@ def attention(
     On a mesh with explicit axes rows and heads may be cut; a cut sequence raises Unsupported. Raises ValueError
     for shapes that disagree, TypeError for dtypes, Unsupported for a backend that cannot serve the call.
     """
-    _check(q_btnh, k_bskh, v_bskw, sinks, window)
+    _check(q_btnh, k_bskh, v_bskw, sinks, window, softcap)
     at = Coordinates(
         *_pair("segment_ids", segment_ids, q_btnh, k_bskh), *_pair("positions", positions, q_btnh, k_bskh)
     )
@@ -78,12 +79,22 @@ def attention(
         for name, backend in _BACKENDS.items()
     }
     taken = choose("attention", implementation, declined | {"reference": None}, named_only=("reference",))
-    if taken == "reference":
+    if 0 in (*q_btnh.shape[:3], k_bskh.shape[1]):
+        out, lse = _nothing(q_btnh, v_bskw, sinks)
+    elif taken == "reference":
         out, lse = reference.attention(q_btnh, k_bskh, v_bskw, sinks, at, options)
     else:
         layout, k_bskh, v_bskw, sinks, at = lay_out(q_btnh, k_bskh, v_bskw, sinks, at)
         out, lse = _BACKENDS[taken].attention(options, config, layout, q_btnh, k_bskh, v_bskw, sinks, at)
     return (out, lse) if return_lse else out
+
+
+def _nothing(q, v, sinks):
+    """Output and log-sum-exp where there are no queries, or no keys for them to see."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    none = jnp.full(q.shape[:3], -jnp.inf, wide)
+    lse = none if sinks is None else jnp.broadcast_to(sinks.astype(wide), none.shape)
+    return jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), lse
 
 
 def _pair(name: str, ids: Ids | None, q, k):
@@ -104,14 +115,18 @@ def _pair(name: str, ids: Ids | None, q, k):
     return ids
 
 
-def _check(q, k, v, sinks, window):
+def _check(q, k, v, sinks, window, softcap):
     for name, array in (("q", q), ("k", k), ("v", v)):
         if array.ndim != 4:
             raise ValueError(f"attention: {name} must be [batch, position, heads, size], not {array.shape}")
         if array.dtype != q.dtype:
             raise TypeError(f"attention: q is {q.dtype} and {name} {array.dtype}; they must agree")
+    if q.dtype not in _DTYPES:
+        raise TypeError(f"attention: q, k and v must be bfloat16, float16, float32 or float64, not {q.dtype}")
     if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(f"attention: shapes disagree: q {q.shape}, k {k.shape}, v {v.shape}")
+    if 0 in k.shape[2:]:
+        raise ValueError(f"attention: k {k.shape} must have at least 1 head of at least 1 component")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: query heads {q.shape[2]} must be a multiple of kv heads {k.shape[2]}")
     if sinks is not None and sinks.shape != q.shape[2:3]:
@@ -120,3 +135,5 @@ def _check(q, k, v, sinks, window):
         )
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window} positions; it must be at least 1 (the query itself)")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"attention: softcap is {softcap}; it must be positive, or None for no cap")

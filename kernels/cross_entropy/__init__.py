@@ -54,7 +54,7 @@ def cross_entropy(
     options, layout, labels_t, weights_t = _prepare(
         x_td, w_dv, labels_t, weights_t, float(z_loss), softcap, implementation, chunk
     )
-    if implementation == "reference":
+    if implementation == "reference" or labels_t.size == 0:  # of no token there is nothing to hold
         nll, lse = reference.token_losses(x_td, w_dv, labels_t, options)
         loss = jnp.sum(weights_t * (nll + options.z_loss * lse**2))
     else:
@@ -78,7 +78,7 @@ def token_log_probs(
     makes the logits again: four matrix products. Otherwise as `cross_entropy`.
     """
     options, layout, labels_t, _ = _prepare(x_td, w_dv, labels_t, None, 0.0, softcap, implementation, chunk)
-    if implementation == "reference":
+    if implementation == "reference" or labels_t.size == 0:
         nll, lse = reference.token_losses(x_td, w_dv, labels_t, options)
     else:
         nll, lse = xla.token_losses(options, layout, x_td, w_dv, labels_t)
@@ -88,23 +88,7 @@ def token_log_probs(
 def _prepare(x_td, w_dv, labels_t, weights_t, z_loss, softcap, implementation, chunk):
     """Checked and completed arguments: (options, layout, labels, weights)."""
     choose("cross_entropy", implementation, BACKENDS, named_only=NAMED_ONLY)
-    d, _ = w_dv.shape
-    if x_td.shape[-1] != d:
-        raise ValueError(f"cross_entropy: x has width {x_td.shape[-1]}, w_dv {w_dv.shape} takes {d}")
-    if labels_t.shape != x_td.shape[:-1]:
-        raise ValueError(
-            f"cross_entropy: labels {labels_t.shape} must be the leading shape of x {x_td.shape}"
-        )
-    if weights_t is not None and weights_t.shape != labels_t.shape:
-        raise ValueError(
-            f"cross_entropy: weights {weights_t.shape} must have the shape of labels {labels_t.shape}"
-        )
-    if x_td.dtype != w_dv.dtype:
-        raise TypeError(
-            f"cross_entropy: x is {x_td.dtype} and w {w_dv.dtype}; cast one of them where it is seen"
-        )
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"cross_entropy: chunk is {chunk} tokens; it must be positive")
+    _check(x_td, w_dv, labels_t, weights_t, softcap, chunk)
     wide = jnp.promote_types(x_td.dtype, jnp.float32)
     options = Options(z_loss=z_loss, softcap=softcap, chunk=chunk)
     weights_t = jnp.ones(labels_t.shape, wide) if weights_t is None else weights_t.astype(wide)
@@ -126,3 +110,35 @@ def _prepare(x_td, w_dv, labels_t, weights_t, z_loss, softcap, implementation, c
         )
     together = spec(*lead)
     return options, layout, jax.reshard(labels_t, together), jax.reshard(weights_t, together)
+
+
+def _check(x_td, w_dv, labels_t, weights_t, softcap, chunk):
+    """Raise for a call that no backend can serve."""
+    if x_td.ndim == 0 or w_dv.ndim != 2 or 0 in w_dv.shape:
+        raise ValueError(
+            f"cross_entropy: x must be [..., d] and w [d, v] and hold something, not {x_td.shape} and {w_dv.shape}"
+        )
+    if x_td.shape[-1] != w_dv.shape[0]:
+        raise ValueError(
+            f"cross_entropy: x has width {x_td.shape[-1]}, w_dv {w_dv.shape} takes {w_dv.shape[0]}"
+        )
+    if labels_t.shape != x_td.shape[:-1]:
+        raise ValueError(
+            f"cross_entropy: labels {labels_t.shape} must be the leading shape of x {x_td.shape}"
+        )
+    if weights_t is not None and weights_t.shape != labels_t.shape:
+        raise ValueError(
+            f"cross_entropy: weights {weights_t.shape} must have the shape of labels {labels_t.shape}"
+        )
+    if x_td.dtype != w_dv.dtype:
+        raise TypeError(
+            f"cross_entropy: x is {x_td.dtype} and w {w_dv.dtype}; cast one of them where it is seen"
+        )
+    if not jnp.issubdtype(x_td.dtype, jnp.floating):
+        raise TypeError(f"cross_entropy: x and w must be floating-point, not {x_td.dtype}")
+    if not jnp.issubdtype(labels_t.dtype, jnp.integer):
+        raise TypeError(f"cross_entropy: labels must be integers, not {labels_t.dtype}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"cross_entropy: softcap is {softcap}; it must be positive, or None for no cap")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"cross_entropy: chunk is {chunk} tokens; it must be positive")

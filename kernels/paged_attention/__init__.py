@@ -122,6 +122,7 @@ def latent_paged_attention(
     [..., n, value_size] still is to be multiplied out of it. `scale` is that of the unabsorbed heads, so it is given.
     """
     q_btnh = _queries("latent_paged_attention", q, cache, page_table_bp, lengths_b, sinks)
+    _check_latents(cache)
     if not 1 <= value_size <= q.shape[-1]:
         raise ValueError(
             f"latent_paged_attention: values are the first {value_size} of {q.shape[-1]} components; "
@@ -181,6 +182,8 @@ def _options(operation: str, window, softcap, scale: float, splits) -> Options:
         )
     if splits is not None and splits < 1:
         raise ValueError(f"{operation}: splits is {splits}; it must be at least 1")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"{operation}: softcap is {softcap}; it must be positive, or None for no cap")
     return Options(window=window, softcap=softcap, scale=scale)
 
 
@@ -229,16 +232,27 @@ def _check_cache(cache: KVCache) -> None:
             f"paged_attention: key pages {k.shape} {k.dtype} and value pages {v.shape} {v.dtype} disagree; "
             "init_cache makes them"
         )
-    integers = k.dtype in (jnp.int8, jnp.uint8, jnp.int4)
-    for name, scale in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
-        if (scale is not None) != integers or (scale is not None and scale.shape != k.shape[:3]):
+    scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
+    _check_pages("paged_attention", k.dtype, k.shape[:3], scales)
+
+
+def _check_latents(cache: LatentCache) -> None:
+    pages = cache.pages
+    _check_pages("latent_paged_attention", pages.dtype, pages.shape[::2], {"scale": cache.scale})
+
+
+def _check_pages(operation: str, dtype, shape: tuple[int, ...], scales: dict[str, Array | None]) -> None:
+    """Pages of a type that is known, with scales of `shape` if they hold integers and with none if they do not."""
+    integers = dtype in (jnp.int8, jnp.uint8, jnp.int4)
+    for name, scale in scales.items():
+        if (scale is not None) != integers or (scale is not None and scale.shape != shape):
             raise ValueError(
-                f"paged_attention: {name} is {None if scale is None else scale.shape}; pages of {k.dtype} take "
-                f"{k.shape[:3] if integers else None}"
+                f"{operation}: {name} is {None if scale is None else scale.shape}; pages of {dtype} take "
+                f"{shape if integers else None}"
             )
-    if not integers and k.dtype not in (jnp.bfloat16, jnp.float32):
+    if not integers and dtype not in (jnp.bfloat16, jnp.float32):
         raise TypeError(
-            f"paged_attention: pages must be bfloat16, float32, int8 or int4 (uint8 in pairs), not {k.dtype}"
+            f"{operation}: pages must be bfloat16, float32, int8 or int4 (uint8 in pairs), not {dtype}"
         )
 
 

@@ -42,6 +42,7 @@ def append_kv(
     """
     pool, heads, page, _ = cache.k_pages.shape
     size = head_size(cache)
+    _check_places("append_kv", page_table_bp, lengths_b, counts_b)
     for name, new in (("k", k_btkh), ("v", v_btkh)):
         if new.shape != (*page_table_bp.shape[:1], *k_btkh.shape[1:2], heads, size):
             raise ValueError(
@@ -79,7 +80,8 @@ def append_latent(
     """`append_kv` for latents."""
     pool, _, page = cache.pages.shape
     size = head_size(cache)
-    if latent_bth.shape[::2] != (page_table_bp.shape[0], size):
+    _check_places("append_latent", page_table_bp, lengths_b, counts_b)
+    if latent_bth.ndim != 3 or latent_bth.shape[::2] != (page_table_bp.shape[0], size):
         raise ValueError(
             f"append_latent: latents are {latent_bth.shape}; the cache takes [b, t, {size}] "
             f"with b {page_table_bp.shape[0]}"
@@ -100,9 +102,25 @@ def append_latent(
     return LatentCache(*_written(slots, (cache.pages, cache.scale), (values, scale), (2, 1)))
 
 
+def _check_places(operation: str, page_table_bp: Table, lengths_b: Lengths, counts_b: Lengths | None) -> None:
+    """Where new tokens go: a table [b, pages], a length and a count for each of its rows."""
+    if page_table_bp.ndim != 2:
+        raise ValueError(f"{operation}: the page table must be [b, pages], not {page_table_bp.shape}")
+    for name, array in (("page table", page_table_bp), ("lengths", lengths_b), ("counts", counts_b)):
+        if array is None:
+            continue
+        if array is not page_table_bp and array.shape != page_table_bp.shape[:1]:
+            raise ValueError(
+                f"{operation}: {name} are {array.shape}; a page table of {page_table_bp.shape[0]} sequences wants "
+                f"{page_table_bp.shape[:1]}"
+            )
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(f"{operation}: {name} must be integers, not {array.dtype}")
+
+
 def _by_pages(pools: list[Pool]) -> bool:
     """Long chunks on TPUs."""
-    return dispatch.chip().platform == "tpu" and BY_PAGES.declined(pools) is None
+    return dispatch.only_on("tpu") is None and BY_PAGES.declined(pools) is None
 
 
 def _append_pages(pools: list[Pool], page_table_bp: Table, lengths_b: Lengths, counts_b: Lengths | None):
@@ -114,7 +132,7 @@ def _append_pages(pools: list[Pool], page_table_bp: Table, lengths_b: Lengths, c
 
 def _by_tokens(pools: list[Pool]) -> bool:
     """Few tokens on TPUs."""
-    return dispatch.chip().platform == "tpu" and BY_TOKENS.declined(pools) is None
+    return dispatch.only_on("tpu") is None and BY_TOKENS.declined(pools) is None
 
 
 def _append_tokens(pools: list[Pool], slots):

@@ -20,22 +20,23 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 def brute_force(q, k, v, *, segments, positions, causal, window, softcap, sinks):
     """Softmax attention, one query, head and row at a time."""
-    out, lse = np.zeros((B, T, N, W)), np.full((B, T, N), -np.inf)
-    for b, t, n in itertools.product(range(B), range(T), range(N)):
+    heads, size, group = *q.shape[2:], q.shape[2] // k.shape[2]
+    out, lse = np.zeros((*q.shape[:3], v.shape[3])), np.full(q.shape[:3], -np.inf)
+    for b, t, n in itertools.product(*map(range, q.shape[:2]), range(heads)):
         logits = {}
-        for s in range(S):
+        for s in range(k.shape[1]):
             distance = positions[0][b, t] - positions[1][b, s]
             hidden = (causal and distance < 0) or (window is not None and distance >= window)
             if segments is not None:
                 hidden |= segments[0][b, t] != segments[1][b, s] or segments[1][b, s] == 0
             if not hidden:
-                logit = q[b, t, n] @ k[b, s, n // (N // K)] / np.sqrt(H)
+                logit = q[b, t, n] @ k[b, s, n // group] / np.sqrt(size)
                 logits[s] = logit if softcap is None else softcap * np.tanh(logit / softcap)
         terms = list(logits.values()) + ([] if sinks is None else [sinks[n]])
         if terms:
             lse[b, t, n] = np.logaddexp.reduce(terms)
             for s, logit in logits.items():
-                out[b, t, n] += np.exp(logit - lse[b, t, n]) * v[b, s, n // (N // K)]
+                out[b, t, n] += np.exp(logit - lse[b, t, n]) * v[b, s, n // group]
     return out, lse
 
 
