@@ -201,7 +201,8 @@ def keys() -> list[Row]:
     some = [
         product(model=("dense", "mixture", "MLA"), chips=(1,), **train),
         *(
-            product(program=("decode", "chunk"), model=("dense",), weights=(w,), cache=(c,), **serve)
+            product(program=(program,), model=("dense",), weights=(w,), cache=(c,), **serve)
+            for program in ("decode", "chunk")
             for w, c in (("bfloat16", "bfloat16"), ("int8", "int8"), ("int4-g32", "int4"))
         ),
         product(
