@@ -65,7 +65,7 @@ ENTRY %main (p0: bf16[8,2,128,128], p1: s32[]) -> bf16[8,2,128,128] {
   %turned = bf16[16,128,128]{2,1,0} bitcast(%kept)
   %copied = bf16[16,128,128]{1,2,0} copy(%turned)
   %k.1 = bf16[8,2,128,128]{3,2,1,0} custom-call(%copied), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/transpose(jvp(attention_backward))/pallas_call"}
-  ROOT %k.2 = bf16[8,2,128,128]{3,2,1,0} custom-call(%k.1), custom_call_target="mosaic_gpu_v2", backend_config={kernel_hash = "a", module = "\\0Fattention_dkv_mosaic_gpu_kernel\\00"}
+  ROOT %k.2 = bf16[8,2,128,128]{3,2,1,0} custom-call(%k.1), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/attention_dkv/mpmd_map"}
 }
 """  # noqa: E501
 
