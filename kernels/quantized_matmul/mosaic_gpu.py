@@ -142,6 +142,7 @@ def run(x_tk: Array, w: QuantizedWeight, size: int, splits: int, through_memory:
         grid_names=("n", "t", "p"),
         num_threads=GROUPS + 1,
         thread_name="warpgroup",
+        kernel_name="quantized_matmul",
         scratch_types=scratch,
     )(x_tk, w.values, scales)
 

@@ -89,6 +89,7 @@ def run(
         grid_names=("m", "n", "p"),
         num_threads=GROUPS + 1,
         thread_name="warpgroup",
+        kernel_name="quantized_matmul_int8",
         scratch_types={
             "a_s": plgpu.SMEM((stages, TILE_ROWS, INPUTS), jnp.int8, transforms=bytes_),
             "b_s": plgpu.SMEM((stages, columns, INPUTS), jnp.int8, transforms=bytes_),

@@ -1,7 +1,8 @@
-"""The server's decode step as a compiler makes it for TPUs that are not here: shapes in, machine code out."""
+"""The server's steps as a compiler makes them for chips that are not here: shapes in, machine code out."""
 
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -10,8 +11,8 @@ from maxstack.config import UserError
 from maxstack.models.transformer import TransformerConfig
 
 PAGE = 128
-Weights = Literal["bfloat16", "int8", "int4-g128"]
-NumberOfPages = Literal["bfloat16", "int8"]
+Weights = Literal["bfloat16", "int8", "int4-g32", "int4-g128"]
+PageNumbers = Literal["bfloat16", "int8", "int4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +28,11 @@ class Setting:
     pages: int = 0
     """Of the pool; by default what all rows can use."""
     weights: Weights = "bfloat16"
-    kv: NumberOfPages = "bfloat16"
+    kv: PageNumbers = "bfloat16"
     chips: int = 0
     """Of the topology, that take part; by default all."""
+    chunk: int = 0
+    """Tokens of each row's prompt that the step reads; 0 for a decode step."""
 
 
 class Made(NamedTuple):
@@ -43,10 +46,10 @@ class Made(NamedTuple):
     chips: int
 
 
-def made(setting: Setting) -> Made:
-    """Compile the decode step of all rows. Raises UserError where libtpu is not installed."""
+def made(setting: Setting, devices: Sequence[Any] | None = None) -> Made:
+    """Compile the step of all rows, for `devices` of a topology description or those that `setting` names. Raises
+    UserError where these need libtpu and it is not installed."""
     import jax
-    import jax.numpy as jnp
     from jax.sharding import Mesh, NamedSharding
 
     from maxstack import sharding
@@ -59,10 +62,10 @@ def made(setting: Setting) -> Made:
     from maxstack.serve.forms import scanned
 
     config, rows = setting.config, setting.rows
-    devices = devices_of(setting.topology)[: setting.chips or None]
+    devices = devices_of(setting.topology)[: setting.chips or None] if devices is None else devices
     mesh = Mesh(devices, ("alone",))  # without explicit axes: what one device holds has no layout
     if len(devices) > 1:
-        mesh = sharding.build_mesh(sharding.MeshConfig(fsdp=1, tensor=len(devices)), devices)
+        mesh = sharding.build_mesh(sharding.MeshConfig(fsdp=1, tensor=len(devices)), list(devices))
     whole = NamedSharding(mesh, jax.P())
 
     def placed(leaf: Any) -> Any:
@@ -76,19 +79,44 @@ def made(setting: Setting) -> Made:
         pools = jax.tree.map(placed, jax.eval_shape(lambda: make() if len(devices) == 1 else cut(make())))
         neutral = row_settings([NEUTRAL], config.vocab_size)
         state = jax.eval_shape(lambda: programs.empty_rows(rows + 1, config.vocab_size, neutral))
-        tables = ((rows,), (rows, setting.width), (rows,), ())
-        steps = jax.eval_shape(lambda: programs.Steps(*(jnp.zeros(shape, jnp.int32) for shape in tables)))
-        state, steps = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), (state, steps)
+        read, keep, asked = asked_of(setting)
+        state, asked = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), (state, asked)
         )
 
-        def step(leaves, pools, state, steps):
-            said, written = programs.decode_read(form, leaves, pools, state, steps)
-            return said, *programs.decode_keep(form, pools, state, steps, said, written)
+        def step(leaves, pools, state, asked):
+            said, written = read(form, leaves, pools, state, asked)
+            return said, *keep(form, pools, state, asked, said, written)
 
-        traced = jax.jit(step, donate_argnums=(1, 2)).trace(leaves, pools, state, steps)
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        traced = jax.jit(step, donate_argnums=(1, 2)).trace(leaves, pools, state, asked)
+        platform = "tpu" if devices[0].platform == "tpu" else "cuda"
+        compiled = traced.lower(lowering_platforms=(platform,)).compile()
     return Made(compiled, leaves, pools, state, len(devices))
+
+
+def asked_of(setting: Setting) -> tuple[Callable[..., Any], Callable[..., Any], Any]:
+    """The two halves of a step, and the shapes of what the host gives them."""
+    import jax.numpy as jnp
+    from jax import ShapeDtypeStruct
+
+    from maxstack.models.generation.params import row_settings
+    from maxstack.models.paged.forward import Chunk
+    from maxstack.serve import programs
+    from maxstack.serve.device import NEUTRAL
+
+    rows, table = setting.rows, (setting.rows, setting.width)
+
+    def shape(*sizes: int, dtype: Any = jnp.int32) -> Any:
+        return ShapeDtypeStruct(sizes, dtype)
+
+    if not setting.chunk:
+        steps = programs.Steps(shape(rows), shape(*table), shape(rows), shape())
+        return programs.decode_read, programs.decode_keep, steps
+    tokens, yes = shape(rows, setting.chunk), shape(rows, dtype=jnp.bool)
+    chunk = Chunk(tokens, shape(*table), shape(rows), shape(rows), shape(rows))
+    settings = row_settings([NEUTRAL] * rows, setting.config.vocab_size)
+    prompts = programs.Prompts(shape(rows), chunk, yes, shape(rows), settings, yes, tokens, yes)
+    return programs.prompts_read, programs.prompts_keep, prompts
 
 
 def abstract_weights(config: TransformerConfig, kind: Weights, mesh: Any) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maxstack.bench.serve.absent_chip import NumberOfPages, Setting, Weights
+from maxstack.bench.serve.absent_chip import PageNumbers, Setting, Weights
 from maxstack.models import llama
 from maxstack.models.account import account_of, layers
 from maxstack.models.transformer import TransformerConfig
@@ -33,7 +33,7 @@ class Named:
     topology: str
     shape: str
     weights: Weights
-    kv: NumberOfPages
+    kv: PageNumbers
 
     @property
     def chip(self) -> str:
