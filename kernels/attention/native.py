@@ -4,6 +4,9 @@ query's result is the same to the last bit in any company and on any number of t
 Logits and weights stay in float32; arrays in bfloat16 are made float32 a block at a time.
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 
 from maxstack.kernels import cpu_native
@@ -12,7 +15,7 @@ from maxstack.kernels.attention.masks import Coordinates, Options
 from maxstack.kernels.dispatch import only_on
 from maxstack.kernels.sharded import varying, varying_over
 
-LEAST_QUERIES = 32
+LEAST_QUERIES = 128
 """Keys are laid out anew for a call, which fewer queries do not pay for."""
 
 
@@ -26,6 +29,10 @@ def declined(q_btnh, k_bskh, v_bskw, options: Options, at: Coordinates, config: 
         return f"it takes float32 and bfloat16, not {q_btnh.dtype}"
     if q_btnh.shape[1] < LEAST_QUERIES:
         return f"{q_btnh.shape[1]} queries; it is for {LEAST_QUERIES} and more"
+    if (devices := jax.typeof(q_btnh).sharding.mesh.size) > 1:
+        # With jax 0.11.2 a training step on 8 simulated devices was seen to end in XLA's partitioner, with the call
+        # among manual axes.
+        return f"it serves one device, and the mesh has {devices}"
     if 0 in (*q_btnh.shape, *k_bskh.shape, *v_bskw.shape):
         return "an array is empty"
     return cpu_native.problem()
@@ -54,7 +61,7 @@ def _backward(options, config, q_btnh, k_bskh, v_bskw, at, lse, delta, dout):
 attention = differentiable(_forward, _backward)
 
 
-def _told(options: Options) -> dict:
+def _told(options: Options) -> dict[str, Any]:
     return {
         "causal": options.causal, "scale": options.scale, "softcap": options.softcap, "window": options.window,
     }  # fmt: skip

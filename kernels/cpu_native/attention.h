@@ -17,7 +17,7 @@ using Ids = ffi::Buffer<ffi::S32>;
 
 constexpr int64_t kKeys = 64;            // of a block
 constexpr int64_t kRows = 96;            // queries times heads of a block, about
-constexpr int64_t kColumns = 2 * kLanes; // of a product at once
+constexpr int64_t kColumns = kPanel;     // of a product at once: with more, sums leave the registers
 constexpr int64_t kPartKeys = 512;       // least keys whose gradients one thread adds up
 constexpr int64_t kMostParts = 4;
 
@@ -197,22 +197,22 @@ inline void sums_of_products(const float* x, int64_t x_row, int64_t x_step, cons
   Vec acc[B][V];
 #pragma GCC unroll 16
   for (int b = 0; b < B; ++b)
-#pragma GCC unroll 2
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[b][v] = add ? load(y + b * y_row + v * kLanes) : Vec{};
   for (int64_t i = 0; i < k; ++i) {
     Vec column[V];
-#pragma GCC unroll 2
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) column[v] = load(w + i * w_step + v * kLanes);
 #pragma GCC unroll 16
     for (int b = 0; b < B; ++b) {
       Vec one = spread(x[b * x_row + i * x_step]);
-#pragma GCC unroll 2
+#pragma GCC unroll 16
       for (int v = 0; v < V; ++v) acc[b][v] = add_product(one, column[v], acc[b][v]);
     }
   }
 #pragma GCC unroll 16
   for (int b = 0; b < B; ++b)
-#pragma GCC unroll 2
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) store(y + b * y_row + v * kLanes, acc[b][v]);
 }
 
@@ -225,7 +225,7 @@ inline void product(const float* x, int64_t x_row, int64_t x_step, int64_t rows,
       const float* own = x + b * x_row;
       float* to = y + b * y_row + o;
       if (columns - o >= kColumns)
-        sums_of_products<B, 2>(own, x_row, x_step, w + o, w_step, k, to, y_row, add);
+        sums_of_products<B, kVecs>(own, x_row, x_step, w + o, w_step, k, to, y_row, add);
       else
         sums_of_products<B, 1>(own, x_row, x_step, w + o, w_step, k, to, y_row, add);
     });

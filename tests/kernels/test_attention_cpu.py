@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxstack.kernels import Unsupported, cpu_native
-from maxstack.kernels.attention import attention
+from maxstack.kernels.attention import attention, native
 from maxstack.kernels.attention.blocks import Blocks
 
 NATIVE = pytest.mark.skipif(not cpu_native.available(), reason="needs a C++ compiler")
@@ -19,6 +19,14 @@ RUN = jax.jit(
     lambda q, k, v, **options: attention(q, k, v, return_lse=True, **options),
     static_argnames=("causal", "window", "softcap", "scale", "implementation", "config"),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_queries():
+    """Small shapes are tried that "auto" leaves to XLA."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "LEAST_QUERIES", 32)
+        yield
 
 
 def inputs(b, t, s, heads, sizes, seed=0, dtype=jnp.float32):
@@ -52,7 +60,7 @@ def float64(q, k, v, *, segments, positions, causal, window, softcap, sinks):
 
 
 @NATIVE
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     lengths=st.sampled_from([(32, 32), (33, 70), (200, 130), (100, 300)]),
     heads=st.sampled_from([(1, 1), (2, 3), (1, 5), (1, 100)]),
@@ -120,22 +128,24 @@ def test_gradients_equal_those_of_the_reference(length, heads, sizes, options):
 
 
 def packings():
-    """Segments of two rows that are packed in different ways, padding behind the second's last document. Documents are
-    whole blocks of queries (48 in C++ with two heads a kv head, 64 in XLA) and of keys (64)."""
-    lengths = [192, 384, 192], [384, 192, 192]
-    return np.stack([np.repeat(ids, each) for ids, each in zip(([1, 2, 3], [1, 2, 0]), lengths, strict=True)])
+    """Segments of two rows that are packed in different ways, padding behind the second's last document."""
+    return np.stack([np.repeat([1, 2, 3], [64, 128, 64]), np.repeat([1, 2, 0], [128, 64, 64])]).astype(
+        np.int32
+    )
 
 
 @pytest.mark.parametrize(
     ("implementation", "config"), [pytest.param("cpu_native", None, marks=NATIVE), ("xla", Blocks(query=64, key=64))]
 )  # fmt: skip
 def test_blocks_that_no_query_of_a_row_sees_are_not_computed_forward_nor_backward(implementation, config):
-    segments = jnp.asarray(packings(), jnp.int32)
-    q, k, v = inputs(2, 768, 768, (1, 2), (8, 8))
-    document = np.asarray(segments)[:, None] == np.arange(1, 4)[:, None]  # [row, document, token]
+    segments = packings()
+    q, k, v = inputs(2, 256, 256, (1, 3), (8, 8))  # 32 queries a block of the C++: no block has two documents
+    document = segments[:, None] == np.arange(1, 4)[:, None]  # [row, document, token]
 
     def loss(arrays, which):
-        out = attention(*arrays, segment_ids=segments, implementation=implementation, config=config)
+        out = attention(
+            *arrays, segment_ids=jnp.asarray(segments), implementation=implementation, config=config
+        )
         return jnp.sum(jnp.where(which[..., None, None], jnp.sin(out), 0.0))
 
     gradients = jax.jit(jax.value_and_grad(loss))
@@ -195,3 +205,11 @@ def test_what_it_does_not_serve_it_declines_with_the_number():
         attention(*(a.astype(jnp.float16) for a in (q, k, v)), implementation="cpu_native")
     with pytest.raises(Unsupported, match="config is Blocks"):
         attention(q, k, v, implementation="cpu_native", config=Blocks())
+    mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Explicit,), devices=jax.devices()[:4])
+    q, k, v = inputs(4, 32, 32, (1, 1), (8, 8))
+    wanted = attention(q, k, v, implementation="xla")
+    with jax.set_mesh(mesh):
+        cut = [jax.device_put(a, jax.NamedSharding(mesh, jax.P("data"))) for a in (q, k, v)]
+        with pytest.raises(Unsupported, match="one device, and the mesh has 4"):
+            attention(*cut, implementation="cpu_native")
+        np.testing.assert_allclose(attention(*cut), wanted, **CLOSE)
