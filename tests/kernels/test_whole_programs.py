@@ -111,6 +111,7 @@ def test_every_program_on_the_page_has_the_promised_kernels():
 
 
 def test_chips_with_the_same_program_share_a_row_and_a_change_is_told(tmp_path, monkeypatch):
+    (tmp_path / "page.md").write_text("")
     monkeypatch.setitem(kernel_whole.put.__globals__, "PAGE", tmp_path / "page.md")
     found = Inside(inside(Program()).kernels, [], 0)
     write([QUICK | {CELL: words(found)}, QUICK | {"chip": "v5e", CELL: words(found)}])
