@@ -48,11 +48,11 @@ def quantized_matmul(
     The gradient is that of x; a weight is frozen and gets none. On a mesh with explicit axes each device multiplies
     what it holds: the result is cut as x's tokens and the weight's outputs are, sums over inputs that are cut are added
     up, and the weight is gathered along axes that cut the tokens too. Of a stack of weights that of `w.layer` is meant:
-    the kernel for TPUs reads it where it lies, others have it cut out. Raises ValueError for shapes that disagree,
-    TypeError for types, Unsupported when the named implementation cannot serve the call.
+    the kernels for TPUs and Hopper read it where it lies, others have it cut out. Raises ValueError for shapes that
+    disagree, TypeError for types, Unsupported when the named implementation cannot serve the call.
     """
     check(x, w if w.layer is None else jax.eval_shape(QuantizedWeight.one, w), activations)
-    w = w if chip().platform == "tpu" else w.one()
+    w = w if chip().platform in ("tpu", "gpu") else w.one()
     layout, x, w = lay_out(x, w)
     dtype = jnp.dtype(dtype or x.dtype)
     if layout is None:
@@ -79,7 +79,10 @@ def local_product(
     if implementation == "auto" and activations == "float":
         backends["mosaic_gpu"] = backends["mosaic_gpu"] or HOPPER.worth(x_tk.shape[0])
     taken = choose(NAME, implementation, backends, named_only=("reference",))
-    w = w if taken == "mosaic_tpu" and w.zero is None else w.one()
+    in_place = (taken == "mosaic_tpu" and w.zero is None) or (
+        taken == "mosaic_gpu" and activations == "float"
+    )
+    w = w if in_place else w.one()
     # Inside `jax.shard_map`: where the weight is cut and x is whole, x's gradient is summed over the devices by the
     # transpose of this, outside of the custom derivative.
     axes = frozenset().union(*map(varying, (x_tk, *jax.tree.leaves(w))))

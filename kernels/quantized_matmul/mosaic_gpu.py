@@ -110,8 +110,12 @@ def _usual_splits(tokens: int, w: QuantizedWeight, blocks: int) -> int:
 
 
 def run(x_tk: Array, w: QuantizedWeight, size: int, splits: int, through_memory: bool) -> Array:
-    """Sums [part, n, t] over each part of the inputs, which x has in the order of the widened weights."""
+    """Sums [part, n, t] over each part of the inputs, which x has in the order of the widened weights. Of a stack of
+    weights the layer's is read where it lies."""
     steps = w.inputs // INPUTS // splits
+    stacked = w.layer is not None
+    values_lnk = w.values if stacked else w.values[None]
+    layer = jnp.reshape(jnp.asarray(w.layer if stacked else 0, jnp.int32), (1,))
     stages = min(STAGES, steps)
     grouped = w.group != w.inputs
     each = INPUTS // w.group if grouped else 1
@@ -144,11 +148,11 @@ def run(x_tk: Array, w: QuantizedWeight, size: int, splits: int, through_memory:
         thread_name="warpgroup",
         kernel_name="quantized_matmul",
         scratch_types=scratch,
-    )(x_tk, w.values, scales)
+    )(layer, x_tk, values_lnk, scales)
 
 
 def block(
-    x_tk, w_nk, s_kgn, y_pnt, *, ws, xs, ss, ready, free, wide: Any = None, size, steps, stages, each, grouped
+    layer, x_tk, w_lnk, s_kgn, y_pnt, *, ws, xs, ss, ready, free, wide: Any = None, size, steps, stages, each, grouped
 ):  # fmt: skip
     """One block: GROUPS warpgroups multiply, the last one loads."""
     n, t, p = (jax.lax.axis_index(name) for name in "ntp")
@@ -157,9 +161,11 @@ def block(
 
     @pl.when(own == GROUPS)
     def _():
+        mine = layer[0]
+
         def load(step, stage):
             at, outputs = (first + step) * INPUTS, pl.ds(n * GROUPS * ROWS, GROUPS * ROWS)
-            plgpu.copy_gmem_to_smem(w_nk.at[outputs, pl.ds(at, INPUTS)], ws.at[stage], ready.at[stage])
+            plgpu.copy_gmem_to_smem(w_lnk.at[mine, outputs, pl.ds(at, INPUTS)], ws.at[stage], ready.at[stage])
             plgpu.copy_gmem_to_smem(
                 x_tk.at[pl.ds(t * size, size), pl.ds(at, INPUTS)], xs.at[stage], ready.at[stage]
             )

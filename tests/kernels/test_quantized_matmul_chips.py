@@ -133,6 +133,19 @@ def test_tpu_products_of_int8_are_exact():
     np.testing.assert_allclose(np.asarray(y), meant * np.asarray(w.scale), rtol=1e-6)
 
 
+def test_the_kernel_for_hopper_finds_its_layer_in_a_stack():
+    layers = [example(128, 256, "int8", False)[1], quantize(jnp.asarray(drawn(128, 256, seed=7)), "int8")]
+    values = jnp.stack([w.values for w in layers])
+    x = jnp.asarray(drawn(8, 256, seed=3), jnp.bfloat16)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        for at, w in enumerate(layers):
+            stack = dataclasses.replace(w, values=values, layer=jnp.int32(at))
+            found, wanted = (
+                mosaic_gpu.quantized_matmul(x, each, splits=1, through_memory=True) for each in (stack, w)
+            )
+            np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize(("kind", "zeros"), FORMS)
 def test_hopper_blocks_add_up_without_races(kind, zeros, capfd):
     # More steps than stages, so that stages are used again.
