@@ -25,6 +25,9 @@ Metrics = dict[str, jax.Array]
 # Steps whose gradient norm makes up the running mean before a spike is believed.
 SPIKE_WARMUP = 50
 NORM_DECAY = 0.98
+# XLA (jax 0.11.2) would call a kernel twice a layer: once to write its output into the stack that the backward pass
+# reads, and once for whatever else reads it.
+FOR_GPUS = {"xla_gpu_enable_dynamic_slice_fusion": False}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,7 +153,8 @@ def compiled(plan: Layout, step: Callable, batch: Any, state: TrainState) -> jax
     """`step` compiled ahead of time for these shapes; the state it is given is given up."""
     with jax.set_mesh(plan.devices):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(plan.shardings(), plan.replicated))
-        return jitted.lower(state, batch).compile()
+        on_gpu = next(iter(plan.devices.devices.flat)).platform in ("gpu", "cuda")
+        return jitted.lower(state, batch).compile(compiler_options=FOR_GPUS if on_gpu else None)
 
 
 def abstract_batch(plan: Layout, micro_batches: int, rows: int, seq_len: int) -> Batch:
