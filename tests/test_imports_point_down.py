@@ -23,7 +23,7 @@ LAYERS = [
 ]
 LAYER = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 STRANGERS = [{"train", "serve"}]  # do not import each other
-KERNEL_PACKAGES = {"jax", "numpy", "jaxtyping", "maxstack"}  # and the standard library
+KERNEL_PACKAGES = {"jax", "jaxlib", "numpy", "jaxtyping", "maxstack"}  # and the standard library
 
 
 def imports(source: str, package: str) -> Iterator[str]:

@@ -143,9 +143,10 @@ def array(*shape, dtype="bfloat16"):
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
-def attention_call():
+def attention_call(implementation="auto"):
     heads = array(1, 256, 2, 128), array(1, 256, 1, 128), array(1, 256, 1, 128)
-    return lambda *each: jax.vjp(attention, *each)[1](each[0]), heads
+    call = partial(attention, implementation=implementation)
+    return lambda *each: jax.vjp(call, *each)[1](each[0]), heads
 
 
 def paged_call(implementation="auto"):
@@ -175,8 +176,8 @@ def loss_call():
 
 CALLS = {
     # kernel asked: (call, chip, sizes that differ from its rule)
-    "attention.xla.forward": (attention_call, None, {"query": 64}),
-    "attention.xla.backward": (attention_call, None, {"query": 64}),
+    "attention.xla.forward": (partial(attention_call, "xla"), None, {"query": 64}),
+    "attention.xla.backward": (partial(attention_call, "xla"), None, {"query": 64}),
     "attention.mosaic_tpu.forward": (attention_call, Chip("tpu", "v5e"), {"rows": 256, "chunk": 128}),
     "attention.mosaic_tpu.backward": (attention_call, Chip("tpu", "v5e"), {"key": 128, "chunk": 128}),
     "attention.mosaic_gpu.forward": (attention_call, HOPPER, {"forward_key": 64}),
