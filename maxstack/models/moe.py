@@ -245,11 +245,11 @@ def run_experts(
             return gather_packed(mine, w, spec)
         return sharding.gather_local(mine, jax.typeof(w).sharding.spec, spec, kind(w))
 
-    whole_groups = lies_whole(experts.down_efd, mesh.shape["tensor"])
+    among_zeros = lies_whole(experts.down_efd, mesh.shape["tensor"])
 
     def run(x: Array, chosen: Array, weights: Array, cut: Experts) -> Array:
         gathered = jax.tree.map(gather, cut, experts, is_leaf=in_few_bits)
-        y = local_experts(x, chosen, weights, gathered, config=config, among_zeros=whole_groups)
+        y = local_experts(x, chosen, weights, gathered, config=config, among_zeros=among_zeros)
         return jax.lax.psum(y, "tensor")
 
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, operands)
