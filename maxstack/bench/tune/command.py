@@ -119,6 +119,6 @@ class Journal:
 
 def progress(now: Now) -> str:
     """For people."""
-    names = f"{now.sizes}: {now.stage}, {now.left} left" if now.sizes else now.stage
+    names = f"{words(now.sizes)}: {now.stage}, {now.left} left" if now.sizes else now.stage
     best = f"; best so far {words(now.best)} ({now.ratio:.2f} times as fast)" if now.best else ""
     return f"{now.request.key}: {names}{best}"
