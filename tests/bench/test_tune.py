@@ -1,6 +1,7 @@
 """`maxstack bench kernels --tune`: what is faster is kept, what is wrong never is, no turn is wasted. A clock that only
 the fake programs move tells the time."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -124,12 +125,24 @@ def test_what_would_win_is_not_dropped_for_a_first_turn_that_other_work_slowed()
 
 
 def test_what_is_not_sure_to_be_faster_is_not_kept():
-    # By luck faster in the first comparison; in the last it loses 3 of 10 rounds, which are not all made.
-    own = [0.5] * 4 + [0.5] + [0.5, 1.5, 1.5, 0.5, 1.5] + [0.5] * 9
+    # In the last comparison it loses 3 of 10 rounds, of which the tenth is not made.
+    own = [0.5] * 4 + [0.5] + [0.5] * 6 + [1.5] * 9
     world = World({1: 9.0, 2: 1.0, 4: iter(own)})
     assert world.found(least_seconds=0.5).best is None
-    assert world.calls.count(4) == 10
-    assert World({1: 0.98, 2: 1.0, 4: 0.99}).found().best is None  # less than LEAST_GAIN
+    assert world.calls.count(4) == 4 + 1 + 9
+    # In the first comparison it was faster by luck, and is by less than LEAST_GAIN.
+    own = [0.5] * 4 + [0.99] * 11
+    assert World({1: 9.0, 2: 1.0, 4: iter(own)}).found(least_seconds=0.5).best is None
+    assert World({1: 0.98, 2: 1.0, 4: 0.99}).found().best is None
+
+
+def test_long_turns_are_compared_in_half_the_rounds():
+    calls = []
+    for times in (1.9, 2.1):
+        world = World({1: 20.0, 2: times, 4: 1.0})
+        assert world.found().best == {"block": 4}
+        calls.append(world.calls.count(4))
+    assert calls == [4 + 1 + 10, 4 + 1 + 5]
 
 
 def test_short_calls_fill_a_turn():
@@ -177,7 +190,9 @@ def test_when_the_time_is_over_what_is_best_so_far_is_compared_once_more_and_kep
     assert "not tried: block 8, block 1" in sentence(found)
     keep([found], user)
     assert tiles.read(user)[KEY.format(1)]["sizes"] == {"block": 4}
-    # Nothing is begun; a line of a search that was not ended stays.
+    # A line that is there already stays: it may be of a search that was not ended.
+    keep([dataclasses.replace(found, best={"block": 1}, ratio=9.0)], user)
+    assert tiles.read(user)[KEY.format(1)]["sizes"] == {"block": 4}
     found = World({}).found(until=-1.0)
     assert (found.best, found.untried) == (None, ("block 4", "block 8", "block 1"))
     keep([found], user)
@@ -201,6 +216,30 @@ def test_ctrl_c_keeps_what_was_found_and_says_what_was_not_tried(user, capsys):
     found = json.loads(file.read_text())
     assert found["not_tried"] == ["toy, (4,) numbers"]
     assert [bool(each["untried"]) for each in found["found"]] == [False, True, True]
+
+
+def test_what_looked_best_when_it_was_stopped_is_said_and_not_kept():
+    world = World({1: 9.0, 2: 1.0, 4: 0.5})
+
+    def stop():  # Ctrl-C while 1 is called for the first time
+        raise KeyboardInterrupt
+        yield
+
+    world.seconds[1] = stop()
+    stopped = tuned(world.case(1), effort=world.effort(), done={})
+    found = next(stopped)
+    assert (found.best, found.tried) == (None, 1)
+    assert found.untried == ("block 1", "once more block 4, which looked 2.00 times as fast")
+    with pytest.raises(KeyboardInterrupt):
+        next(stopped)
+
+
+def test_cases_that_there_was_no_time_for_are_said(user, capsys):
+    world = World({1: 0.9, 2: 1.0, 4: 0.5})
+    assert tune_all([world.case(1), world.case(2)], world.effort(until=0.0), None) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[2:4] == ["not tried: toy, (1,) numbers", "not tried: toy, (2,) numbers"]
+    assert err.splitlines() == ["the time is over"]
 
 
 def test_what_is_being_tried_and_each_result_are_said_at_once(user, capsys, monkeypatch):
@@ -233,7 +272,7 @@ def test_a_case_without_sizes_and_one_that_is_not_served_say_so(user, capsys):
     refused = Case(kernel="refused", shape="y", contenders={"ours": refuse})
     assert tune_all([plain, refused], Effort(), None) == 0
     said = capsys.readouterr().err
-    assert "plain, x: nothing left to tune" in said
+    assert "plain, x: nothing to try: what serves it has no sizes" in said
     assert "refused, y: not tuned: no such chip" in said
 
 

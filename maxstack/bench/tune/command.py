@@ -98,7 +98,7 @@ class Journal:
         """There is nothing more to do for the next case."""
         self.ended += 1
         if not any(found.case is case for found in self.found):
-            self.say(f"{named(case)}: nothing left to tune")
+            self.say(f"{named(case)}: nothing to try: what serves it has no sizes, or they were tuned above")
 
     def missed(self) -> list[Case]:
         """Cases that nothing is known of."""

@@ -19,13 +19,17 @@ LEAST_GAIN = 1.03
 SURE = 0.8
 """Share of the rounds of the last comparison that a candidate has to win."""
 
+LONG_TURN = 2.0
+"""Seconds; what else goes on is evened out within a turn that takes longer, and the last comparison has half the
+rounds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """What a search may take."""
 
     rounds: int = 5
-    """Half as many turns (an odd number) for each candidate, twice as many for the last comparison."""
+    """Half as many turns (an odd number) for each candidate; for the last comparison twice as many, unless long."""
     least_seconds: float = 0.2
     """A turn repeats a call until it has taken this."""
     until: float = float("inf")
@@ -66,7 +70,7 @@ class Race:
 
     def final(self, call: Prepared) -> float:
         """How many times as fast as the default a call is for sure; 1 where that is not sure, or too little."""
-        rounds = 2 * self._effort.rounds
+        rounds = self._effort.rounds * (1 if self._slowest > LONG_TURN else 2)
         repeats = self._filling(self._seconds(call, 1))
         ratios: list[float] = []
         before = self._default_turn()
