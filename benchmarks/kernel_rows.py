@@ -85,7 +85,7 @@ def turn(make: Callable[[], Callable], seconds: float, results: list | None = No
     import jax
 
     from maxstack.bench.measure import times
-    from maxstack.bench.tune import apart
+    from maxstack.bench.tune.results import apart
     from maxstack.kernels import Unsupported
 
     call = make()

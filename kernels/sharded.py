@@ -22,6 +22,13 @@ def explicit_mesh(*arrays: Array) -> AbstractMesh | None:
     return None
 
 
+def automatic_axes(array: Array) -> tuple[str, ...]:
+    """Axes of more than one device of the array's mesh that XLA deals out by itself."""
+    mesh = jax.typeof(array).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return tuple(name for name, size, kind in kinds if size > 1 and kind == AxisType.Auto)
+
+
 def varying(array: Array) -> frozenset[str]:
     """Mesh axes an array differs along inside `jax.shard_map`, as far as its type tells; else none."""
     return jax.typeof(array).manual_axis_type.varying

@@ -6,14 +6,13 @@ Logits and weights stay in float32; arrays in bfloat16 are made float32 a block 
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from maxstack.kernels import cpu_native
 from maxstack.kernels.attention.derivative import differentiable
 from maxstack.kernels.attention.masks import Coordinates, Options
 from maxstack.kernels.dispatch import only_on
-from maxstack.kernels.sharded import varying, varying_over
+from maxstack.kernels.sharded import automatic_axes, varying, varying_over
 
 LEAST_QUERIES = 128
 """Keys are laid out anew for a call, which fewer queries do not pay for."""
@@ -29,10 +28,8 @@ def declined(q_btnh, k_bskh, v_bskw, options: Options, at: Coordinates, config: 
         return f"it takes float32 and bfloat16, not {q_btnh.dtype}"
     if q_btnh.shape[1] < LEAST_QUERIES:
         return f"{q_btnh.shape[1]} queries; it is for {LEAST_QUERIES} and more"
-    if (devices := jax.typeof(q_btnh).sharding.mesh.size) > 1:
-        # With jax 0.11.2 a training step on 8 simulated devices was seen to end in XLA's partitioner, with the call
-        # among manual axes.
-        return f"it serves one device, and the mesh has {devices}"
+    if automatic := automatic_axes(q_btnh):
+        return f"XLA deals out what lies on the axes {', '.join(automatic)}, and cannot cut a call of C++"
     if 0 in (*q_btnh.shape, *k_bskh.shape, *v_bskw.shape):
         return "an array is empty"
     return cpu_native.problem()

@@ -192,9 +192,11 @@ def attention_backward(
     return dq, dk, dv
 
 
-def ids_or_none(ids: Int[Array, "b x"] | None) -> Int32[Array, "b x"]:
-    """As C++ takes them: an empty array for none."""
-    return jnp.zeros((0, 0), jnp.int32) if ids is None else ids.astype(jnp.int32)
+def ids_or_none(ids: Int[Array, "b x"] | None) -> Int32[Array, "b x"] | Int32[Array, ""]:
+    """As C++ takes them: a number for none. An empty array would be moved out of `jax.shard_map` where a loop is
+    differentiated, as it is the same in each turn, and come back cut over the mesh: an empty array that is cut ends
+    the process in XLA's partitioner (jaxlib 0.11.2)."""
+    return jnp.zeros((), jnp.int32) if ids is None else ids.astype(jnp.int32)
 
 
 def mask_attributes(causal: bool, scale: float, softcap: float | None, window: int | None) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Sight {
   enum Seen { kNothing, kPart, kAll };
 
   Sight(const Call& c, Ids q_segments, Ids kv_segments, Ids q_positions, Ids kv_positions)
-      : c_(c), packed_(q_segments.element_count() > 0) {
+      : c_(c), packed_(given(q_segments)) {
     lay(q_positions, c.queries, c.queries_a_block(), &q_positions_, &q_places_);
     lay(kv_positions, c.keys, kKeys, &kv_positions_, &kv_places_);
     if (packed_) lay(q_segments, c.queries, c.queries_a_block(), &q_segments_, &q_documents_);
@@ -109,16 +109,17 @@ class Sight {
   static Ints wide(const std::vector<int32_t>& of, int64_t at) { return *reinterpret_cast<const Ints*>(&of[at]); }
   int64_t whole_queries() const { return c_.query_blocks() * c_.queries_a_block(); }
 
+  static bool given(Ids ids) { return ids.dimensions().size() == 2; }
+
   // Ids [b, size] or none (indices), filled up to whole blocks, and the span of each block.
   void lay(Ids ids, int64_t size, int64_t block, std::vector<int32_t>* to, std::vector<Span>* spans) const {
     int64_t blocks = blocks_of(size, block), whole = blocks * block;
-    bool given = ids.element_count() > 0;
     to->resize(c_.batch * whole);
     spans->resize(c_.batch * blocks);
     for (int64_t b = 0; b < c_.batch; ++b)
       for (int64_t i = 0; i < whole; ++i) {
         int64_t at = std::min(i, size - 1);
-        int32_t id = (*to)[b * whole + i] = given ? ids.typed_data()[b * size + at] : static_cast<int32_t>(at);
+        int32_t id = (*to)[b * whole + i] = given(ids) ? ids.typed_data()[b * size + at] : static_cast<int32_t>(at);
         Span& span = (*spans)[b * blocks + i / block];
         span = i % block == 0 ? Span{id, id} : Span{std::min<int64_t>(span.least, id), std::max<int64_t>(span.most, id)};
       }

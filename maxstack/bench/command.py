@@ -3,6 +3,8 @@
 
 import argparse
 import json
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,41 +26,34 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=0.2, help="least length of a turn (seconds)")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument(
-        "--tune", action="store_true", help="try sizes of blocks, and keep the best for this user"
-    )
+        "--tune", action="store_true",
+        help="try sizes of blocks, and keep what is faster in this user's table, at once: Ctrl-C loses nothing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--minutes", type=float,
+        help="with --tune: try nothing more after this time, and say what was not tried (default: try all)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds}: at least one turn is needed")
-    (tune if args.tune else run)(args.only, args.rounds, args.seconds, args.json)
+    if args.minutes is not None and not (args.tune and args.minutes > 0):
+        raise UserError(f"--minutes {args.minutes:g}: it is a time above 0 for --tune")
+    check(args.only)
+    if args.tune:
+        return tune(args.only, args.rounds, args.seconds, args.minutes, args.json)
+    run(args.only, args.rounds, args.seconds, args.json)
     return 0
 
 
-def tune(only: Sequence[str], rounds: int, seconds: float, file: Path | None) -> None:
-    """Try sizes of blocks, keep what is better in the user's table, case by case, and show what came out."""
+def tune(only: Sequence[str], rounds: int, seconds: float, minutes: float | None, file: Path | None) -> int:
+    """Try sizes of blocks, and keep what is better in the user's table; returns the exit code."""
     from maxstack.bench.kernels import CASES
-    from maxstack.bench.tune import Found, keep, table, tuned
-    from maxstack.kernels import Unsupported
-    from maxstack.kernels.tiles import Sizes, user_file
+    from maxstack.bench.tune.command import main as tune
+    from maxstack.bench.tune.race import Effort
 
-    check(only)
-    console, found, done = Console(stderr=True), list[Found](), dict[str, Sizes]()
-    said = keep([], user_file())  # that it cannot be written is said before the work
-    for name in only or CASES:
-        for case in CASES[name]():
-            with console.status(f"{case.kernel}, {case.shape} …"):
-                try:
-                    for each in tuned(case, rounds=rounds, least_seconds=seconds, done=done):
-                        found.append(each)
-                        said = keep(found, user_file())
-                except Unsupported as reason:
-                    console.print(f"{case.kernel}, {case.shape}: not tuned: {reason}")
-    for each in found:
-        for dropped in each.dropped:
-            console.print(f"{each.request.key}: dropped {dropped}", highlight=False, markup=False)
-    print(table(found))
-    print(said)
-    if file is not None:
-        write_atomically(file, json.dumps([each.row() for each in found], indent=1).encode())
+    until = math.inf if minutes is None else time.perf_counter() + 60 * minutes
+    cases = [case for name in only or CASES for case in CASES[name]()]
+    return tune(cases, Effort(rounds=rounds, least_seconds=seconds, until=until), file)
 
 
 def check(only: Sequence[str]) -> None:
@@ -77,7 +72,6 @@ def run(only: Sequence[str], rounds: int, seconds: float, file: Path | None) -> 
     from maxstack.bench.measure import bandwidth, measured, product_rate, table
     from maxstack.kernels.dispatch import chip
 
-    check(only)
     here, console = chip(), Console(stderr=True)
     memory, products = bandwidth(), product_rate(dtype="float32" if here.platform == "cpu" else "bfloat16")
     device = jax.devices()[0].device_kind

@@ -1,6 +1,8 @@
 """Contenders for the same work, timed in turns."""
 
 import dataclasses
+import hashlib
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 from maxstack.kernels import Unsupported
 
 Prepared = Callable[[], Any]
-"""A compiled call with its arguments in place; what it returns is waited for."""
+"""A call with its arguments in place; what it returns is waited for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,10 @@ def measured(case: Case, *, rounds: int, least_seconds: float = 0.0) -> Result:
     declined: dict[str, str] = {}
     for name, make in case.contenders.items():
         try:
-            ready[name] = make()
+            call = make()
+            if isinstance(call, Program):
+                call.compile()
+            ready[name] = call
         except (Unsupported, NotImplementedError) as reason:
             declined[name] = str(reason)
     took = times(ready, rounds=rounds, least_seconds=least_seconds)
@@ -82,11 +87,40 @@ def once(call: Prepared) -> float:
     return time.perf_counter() - start
 
 
-def prepared(function: Callable, *arguments: Any) -> Prepared:
-    """`function` compiled for these arguments."""
-    # A function made anew: of the same one jax has kept a trace, which may be of other sizes of blocks.
-    run = jax.jit(lambda *each: function(*each)).lower(*arguments).compile()
-    return lambda: run(*arguments)
+class Program:
+    """A function traced for its arguments, and compiled when it is first called or asked to be. Called with nothing."""
+
+    def __init__(self, function: Callable, *arguments: Any):
+        # A function made anew: of the same one jax has kept a trace, which may be of other sizes of blocks.
+        self._lowered = jax.jit(lambda *each: function(*each)).lower(*arguments)
+        self._arguments = arguments
+        self._compiled: jax.stages.Compiled | None = None
+
+    def __call__(self) -> Any:
+        return self.compile()(*self._arguments)
+
+    def traced(self) -> str:
+        """A digest of what is to be compiled."""
+        return _digest(self._lowered.as_text())
+
+    def compiled(self) -> str:
+        """A digest of what was compiled, without the lines of source that it came from."""
+        return _digest(re.sub(r"metadata=\{[^}]*\}", "", self.compile().as_text() or ""))
+
+    def compile(self) -> jax.stages.Compiled:
+        """Compiled once."""
+        if self._compiled is None:
+            self._compiled = self._lowered.compile()
+        return self._compiled
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def prepared(function: Callable, *arguments: Any) -> Program:
+    """`function` for these arguments."""
+    return Program(function, *arguments)
 
 
 def bandwidth(megabytes: int = 256) -> float:

@@ -1,6 +1,9 @@
 """Attention of whole sequences on a CPU: the C++ against float64 numpy, blocks that nobody sees skipped, no bit changed
 by company."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,11 +208,50 @@ def test_what_it_does_not_serve_it_declines_with_the_number():
         attention(*(a.astype(jnp.float16) for a in (q, k, v)), implementation="cpu_native")
     with pytest.raises(Unsupported, match="config is Blocks"):
         attention(q, k, v, implementation="cpu_native", config=Blocks())
-    mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Explicit,), devices=jax.devices()[:4])
+    mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     q, k, v = inputs(4, 32, 32, (1, 1), (8, 8))
     wanted = attention(q, k, v, implementation="xla")
     with jax.set_mesh(mesh):
         cut = [jax.device_put(a, jax.NamedSharding(mesh, jax.P("data"))) for a in (q, k, v)]
-        with pytest.raises(Unsupported, match="one device, and the mesh has 4"):
-            attention(*cut, implementation="cpu_native")
-        np.testing.assert_allclose(attention(*cut), wanted, **CLOSE)
+        with pytest.raises(Unsupported, match="XLA deals out what lies on the axes data"):
+            jax.jit(partial(attention, implementation="cpu_native"))(*cut)
+        np.testing.assert_allclose(jax.jit(attention)(*cut), wanted, **CLOSE)
+
+
+@NATIVE
+def test_layers_on_eight_devices_learn_what_they_learn_on_one():
+    """Rows and heads are cut; layers are a loop, made again in the backward pass but for what a policy keeps."""
+    q, k, v = inputs(4, 72, 72, (4, 2), (8, 8))
+    scale = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8)), jnp.float32)
+    sinks = jnp.linspace(-1.0, 1.0, 8)
+    segments = jnp.asarray(np.sort(np.random.default_rng(2).integers(0, 3, (4, 72)), 1), jnp.int32)
+    policy = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")
+
+    def loss(q, k, v, scale, sinks, segments, implementation):
+        @partial(jax.checkpoint, policy=policy)
+        def layer(x, scale):
+            given = {"segment_ids": segments, "sinks": sinks, "implementation": implementation}
+            return x + attention(x * scale, k, v, **given), None
+
+        return jnp.sum(jax.lax.scan(layer, q, scale)[0] ** 2)
+
+    arrays = (q, k, v, scale, sinks)
+    gradients = jax.jit(jax.value_and_grad(loss, range(5)), static_argnums=6)
+    wanted = gradients(*arrays, segments, "reference")
+    explicit = (jax.sharding.AxisType.Explicit,) * 3
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), explicit)
+    with jax.set_mesh(mesh):
+        rows, heads = jax.P(("data", "fsdp")), jax.P(("data", "fsdp"), None, "tensor")
+        specs = (heads, heads, heads, jax.P(), jax.P("tensor"), rows)
+        cut = [
+            jax.device_put(a, jax.NamedSharding(mesh, spec))
+            for a, spec in zip((*arrays, segments), specs, strict=True)
+        ]
+        lowered = gradients.lower(*cut, "cpu_native")
+        # An empty array that comes into a `shard_map` in pieces ends the process when it is compiled.
+        assert not re.search("tensor<0x(?!index)", lowered.as_text())
+        program = lowered.compile()
+        assert program.as_text().count("maxstack_attention_backward") > 0
+        found = program(*cut)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4 * float(jnp.abs(other).max()))
