@@ -123,11 +123,11 @@ def kept(name: str, file: Path | None) -> dict[str, list[Row]]:
     """Rows of a table that a file has, by their keys; those of other sources or compilers are left out."""
     if file is None or not file.exists():
         return {}
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines, now = [json.loads(line) for line in file.read_text().splitlines()], made_with()
     return {
         json.dumps(made["key"]): made["rows"]
         for made in lines
-        if made["table"] == name and made.get("made with") == made_with()
+        if made["table"] == name and made.get("made with") == now
     }
 
 

@@ -1,5 +1,6 @@
 """What the compilers say of the kernels, beside what docs/kernels.md has on record of it."""
 
+import json
 import subprocess
 import sys
 
@@ -108,3 +109,44 @@ def test_some_rows_are_written_and_the_others_stay_in_their_order(page):
     new = [row("1B", "int4", "256"), row("8B", "int8", "1", shared="70.0")]
     merged = with_others("hopper-paged", new)
     assert merged == [new[0], new[1], page[1]]
+
+
+def test_rows_are_taken_up_again_unless_a_source_changed(page, tmp_path, monkeypatch, capsys):
+    made = []
+
+    def measured_here(name, key):
+        made.append(key)
+        return [row(key["model"], key["pages"], key["queries"], shared="70.0")]
+
+    class Process:
+        """One that compiles here."""
+
+        returncode = 0
+
+        def __init__(self, command, **options):
+            kernel_table.compile_here(command[2], json.loads(command[4]))
+            self.stdout = capsys.readouterr().out.splitlines(keepends=True)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(kernel_table, "measured", measured_here)
+    monkeypatch.setattr(kernel_table.subprocess, "Popen", Process)
+    keys, file = TABLES["hopper-paged"].keys[:3], tmp_path / "rows.jsonl"
+    kernel_table.compile_rows("hopper-paged", keys[:2], 1, file)
+    capsys.readouterr()
+    assert len(kernel_table.compile_rows("hopper-paged", keys, 1, file)) == 3
+    assert made == keys
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("hopper-paged: 2 rows are in ")
+    assert told[1].startswith("hopper-paged 3/3; 1B, int8, 1; ")
+    assert told[1].endswith("; not on the page")
+    (tmp_path / "kernels").mkdir()
+    monkeypatch.setattr(kernel_table, "ROOT", tmp_path)
+    monkeypatch.setattr(kernel_table, "MAKERS", ())
+    (tmp_path / "kernels" / "tiles.json").write_text("{}")
+    kernel_table.compile_rows("hopper-paged", keys[:1], 1, file)
+    assert made == [*keys, keys[0]]
