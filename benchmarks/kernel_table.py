@@ -1,6 +1,6 @@
 """What the compilers of absent chips say of the kernels; writes the tables of docs/kernels.md, or compares with them.
 
-    python benchmarks/kernel_table.py                                        # all tables, for an hour
+    python benchmarks/kernel_table.py                                        # all tables, for half an hour
     python benchmarks/kernel_table.py --jobs 2 --rows rows.jsonl             # takes up where it was cut off
     python benchmarks/kernel_table.py tpu-attention --only chip=v5e,v6e tokens=2048 --check
 
