@@ -27,10 +27,10 @@ QUICK = [
     ("tpu-quantized", "v7x, 1B, int8 × int8, 4096", "quantized_matmul/mosaic_tpu"),
     ("tpu-grouped", "v6e, Mixtral 8x7B, int8, 64", "grouped_matmul/mosaic_tpu"),
     ("tpu-grouped", "v7x, Qwen3-30B-A3B, bfloat16, 65536", "grouped_matmul/mosaic_tpu"),
-    ("hopper-attention", "1B, causal", "attention/mosaic_gpu_tile"),
+    ("hopper-attention", "8B, none", "attention/mosaic_gpu_tile"),
     ("hopper-paged", "8B, int4, 1", "paged_attention/mosaic_gpu"),
     ("hopper-paged", "70B, bfloat16, 256", "paged_attention/mosaic_gpu"),
-    ("hopper-latents", "bfloat16, 1", "paged_attention/mosaic_gpu_latent"),
+    ("hopper-latents", "bfloat16, 256", "paged_attention/mosaic_gpu_latent"),
     ("hopper-quantized", "8B, int8, 64", "quantized_matmul/mosaic_gpu"),
     ("hopper-quantized", "1B, int8 × int8, 16", "quantized_matmul/mosaic_gpu_int8"),
     ("hopper-grouped", "Mixtral 8x7B, bfloat16, 65536", "grouped_matmul/mosaic_gpu"),
@@ -147,7 +147,7 @@ def test_some_rows_are_written_and_the_others_stay_in_their_order(page):
 
 
 def test_rows_are_taken_up_again_unless_a_source_changed(page, tmp_path, monkeypatch, capsys):
-    made = []
+    made, told = [], []
 
     def measured_here(name, key):
         made.append(key)
@@ -160,7 +160,9 @@ def test_rows_are_taken_up_again_unless_a_source_changed(page, tmp_path, monkeyp
 
         def __init__(self, command, **options):
             kernel_table.compile_here(command[2], json.loads(command[4]))
-            self.stdout = capsys.readouterr().out.splitlines(keepends=True)
+            found = capsys.readouterr()
+            self.stdout = found.out.splitlines(keepends=True)
+            told.extend(found.err.splitlines())
 
         def __enter__(self):
             return self
@@ -175,10 +177,10 @@ def test_rows_are_taken_up_again_unless_a_source_changed(page, tmp_path, monkeyp
     capsys.readouterr()
     assert len(kernel_table.compile_rows("hopper-paged", keys, 1, file)) == 3
     assert made == keys
-    told = capsys.readouterr().err.splitlines()
-    assert told[0].startswith("hopper-paged: 2 rows are in ")
-    assert told[1].startswith("hopper-paged 3/3; 1B, int8, 1; ")
-    assert told[1].endswith("; not on the page")
+    assert told == [f"hopper-paged: 2 rows are in {file}"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hopper-paged 3/3; 1B, int8, 1; ")
+    assert line.endswith("; not on the page")
     (tmp_path / "kernels").mkdir()
     monkeypatch.setattr(kernel_table, "ROOT", tmp_path)
     monkeypatch.setattr(kernel_table, "MAKERS", ())
