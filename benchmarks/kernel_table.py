@@ -1,18 +1,22 @@
 """What the compilers of absent chips say of the kernels; writes the tables of docs/kernels.md, or compares with them.
 
-    python benchmarks/kernel_table.py                                        # all tables, for an hour
+    python benchmarks/kernel_table.py                                        # all tables, for half an hour
     python benchmarks/kernel_table.py --jobs 2 --rows rows.jsonl             # takes up where it was cut off
     python benchmarks/kernel_table.py tpu-attention --only chip=v5e,v6e tokens=2048 --check
 
 `--check` writes nothing, and fails where a kernel takes more registers, spilled bytes, on-chip memory, temporaries,
 FLOPs or bytes than the page says. With `--only` without `--check` the other rows of a table stay as they are.
+A line a row says what differs from the page and how long it took. `--rows` keeps them, each with the kernels' sources
+and the compilers that it was made with: rows of others are made again.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +27,8 @@ from kernel_shapes import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "kernels.md"
+MAKERS = ("hopper", "loops", "mix", "registers", "shapes", "tpu")
+"""Of the scripts beside this one, those that make a row."""
 
 
 def table(rows: list[Row]) -> str:
@@ -68,6 +74,20 @@ def grown(name: str, rows: list[Row], tolerance: float = 0.1) -> list[str]:
     return found
 
 
+def differing(name: str, rows: list[Row]) -> list[str]:
+    """Every cell that is not what the page says."""
+    known = {tuple(row[part] for part in TABLES[name].names): row for row in recorded(name)}
+    found = []
+    for row in rows:
+        old = known.get(tuple(row[part] for part in TABLES[name].names))
+        if old is None:
+            found.append("not on the page")
+        else:
+            changed = [column for column in row if old.get(column) != row[column]]
+            found += [f"{column} {old.get(column)} -> {row[column]}" for column in changed]
+    return found
+
+
 def number(cell: str) -> float:
     """A cell; a kernel that is not in a program takes nothing."""
     return 0.0 if cell == "-" else float(cell)
@@ -89,18 +109,37 @@ def compilers() -> str:
     return ", ".join(found)
 
 
+def made_with() -> str:
+    """The kernels' sources, what calls them here, and the compilers, as a short name."""
+    found = hashlib.sha256(compilers().encode())
+    files = [*(ROOT / "kernels").rglob("*.py"), ROOT / "kernels/tiles.json"]
+    files += [ROOT / "benchmarks" / f"kernel_{part}.py" for part in MAKERS]
+    for file in sorted(files):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def kept(name: str, file: Path | None) -> dict[str, list[Row]]:
+    """Rows of a table that a file has, by their keys; those of other sources or compilers are left out."""
+    if file is None or not file.exists():
+        return {}
+    lines, now = [json.loads(line) for line in file.read_text().splitlines()], made_with()
+    return {
+        json.dumps(made["key"]): made["rows"]
+        for made in lines
+        if made["table"] == name and made.get("made with") == now
+    }
+
+
 def compile_rows(name: str, keys: list[Row], jobs: int, file: Path | None) -> list[Row]:
     """The rows of all keys, by processes of their own, each for some keys; those that `file` has are not made again.
 
     A process ends now and then, and with it what the compilers keep.
     """
-    done: dict[str, list[Row]] = {}
-    if file is not None and file.exists():
-        for line in file.read_text().splitlines():
-            made = json.loads(line)
-            if made["table"] == name:
-                done[json.dumps(made["key"])] = made["rows"]
+    done = {key: rows for key, rows in kept(name, file).items() if json.loads(key) in keys}
     left = [key for key in keys if json.dumps(key) not in done]
+    if done:
+        print(f"{name}: {len(done)} rows are in {file}", file=sys.stderr, flush=True)
 
     def run(some: list[Row]) -> None:
         command = [sys.executable, __file__, name, "--keys", json.dumps(some)]
@@ -108,9 +147,15 @@ def compile_rows(name: str, keys: list[Row], jobs: int, file: Path | None) -> li
             for line in process.stdout or ():
                 if not line.startswith("{"):
                     continue
-                print(line.strip(), file=sys.stderr, flush=True)
                 made = json.loads(line)
                 done[json.dumps(made["key"])] = made["rows"]
+                said = [
+                    f"{name} {len(done)}/{len(keys)}",
+                    ", ".join(made["key"].values()),
+                    f"{made['seconds']:.0f} s",
+                ]
+                said += differing(name, made["rows"]) or ["as on the page"]
+                print("; ".join(said), file=sys.stderr, flush=True)
                 if file is not None:
                     with file.open("a") as rows:
                         rows.write(line)
@@ -125,7 +170,9 @@ def compile_rows(name: str, keys: list[Row], jobs: int, file: Path | None) -> li
 def compile_here(name: str, keys: list[Row]) -> None:
     """Rows as lines of JSON on standard output."""
     for key in keys:
-        print(json.dumps({"table": name, "key": key, "rows": measured(name, key)}), flush=True)
+        begun = time.perf_counter()
+        made = {"table": name, "key": key, "rows": measured(name, key), "made with": made_with()}
+        print(json.dumps(made | {"seconds": round(time.perf_counter() - begun, 1)}), flush=True)
 
 
 def wanted(name: str, only: list[str]) -> list[Row]:

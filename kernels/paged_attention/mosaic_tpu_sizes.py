@@ -25,10 +25,9 @@ TWO_CORES = ("v4", "v5p")
 
 
 def is_chunk(q_btnh, kv_heads: int) -> bool:
-    """More rows than a piece of a decoding step has, of more than a few queries. Not of one kv head, as latents have:
-    that form computes right in the interpreter, and no chip's compiler was asked yet."""
+    """More rows than a piece of a decoding step has, of more than a few queries."""
     _, t, n, _ = q_btnh.shape
-    return kv_heads > 1 and t > SHORT and t * (n // kv_heads) > MOST_ROWS
+    return t > SHORT and t * (n // kv_heads) > MOST_ROWS
 
 
 def step(group: int) -> int:

@@ -28,14 +28,15 @@ CHUNKS = {
         "float32",
         "float32",
         128,
-        (8, 2),
+        (4, 1),
         70,
         (256, 71),
         {"splits": 2, "softcap": 3.0},
         EXACT,
     ),
     "int4 of 64": ("int4", "bfloat16", 64, (8, 2), 40, (200, 41), {}, CLOSE),
-    "bfloat16, whole blocks": ("bfloat16", "bfloat16", 128, (16, 2), 64, (384, 64), {"final": True}, CLOSE),
+    "bfloat16, whole blocks": ("bfloat16", "bfloat16", 128, (8, 1), 64, (384, 64), {"final": True}, CLOSE),
+    "bfloat16, final, a block": ("bfloat16", "bfloat16", 128, (8, 1), 17, (140,), {"final": True}, CLOSE),
 }
 QUICK = ("int8, exact, some heads",)
 
@@ -111,6 +112,7 @@ def test_a_piece_of_a_chunk_has_no_page_behind_its_last_key():
         ((32, 8, 128), 256, 1024, 4),
         ((64, 8, 128), 256, 2048, 2),
         ((9, 3, 64), 100, 384, 3),
+        ((128, 1, 576), 64, 1024, 1),
     ],
 )
 def test_a_chunk_copies_its_pages_for_many_rows_at_once(model, t, rows, heads):

@@ -1,29 +1,45 @@
 """What the compilers say of the kernels, beside what docs/kernels.md has on record of it."""
 
+import json
+import re
 import subprocess
 import sys
 
 import jax
 import pytest
 
-from benchmarks import kernel_shapes, kernel_table
+from benchmarks import kernel_programs, kernel_shapes, kernel_table
 from benchmarks.kernel_table import TABLES, grown, measured, recorded, with_others
 from maxstack.kernels import tiles
 from maxstack.kernels.dispatch import Chip, compiling_for
 from tests.kernels.chips import needs_cuda_compiler, needs_libtpu
 
 QUICK = [
-    ("tpu-paged", {"chip": "v6e", "model": "8B", "pages": "int8", "queries": "1"}),
-    ("tpu-quantized", {"chip": "v5e", "model": "8B", "weights": "int4-g128", "tokens": "16"}),
-    ("tpu-attention", {"chip": "v5e", "model": "1B", "tokens": "2048"}),
-    ("tpu-grouped", {"chip": "v6e", "model": "Qwen3-30B-A3B", "weights": "int8", "rows": "64"}),
-    ("tpu-latents", {"chip": "v6e", "pages": "int8", "queries": "1"}),
-    ("tpu-append", {"chip": "v5e", "model": "8B", "pages": "int8", "tokens": "1"}),
-    ("hopper-attention", {"model": "8B", "mask": "packed"}),
-    ("hopper-paged", {"model": "8B", "pages": "int4", "queries": "1"}),
-    ("hopper-grouped", {"model": "Qwen3-30B-A3B", "weights": "int4-g128", "rows": "64"}),
-    ("hopper-quantized", {"model": "8B", "weights": "int8", "tokens": "64"}),
+    ("tpu-attention", "v5e, 1B, 2048", "attention/mosaic_tpu_forward attention/mosaic_tpu_backward"),
+    ("tpu-paged", "v5p, 70B, int4, 1", "paged_attention/mosaic_tpu"),
+    ("tpu-paged", "v6e, 70B, int8, 256", "paged_attention/mosaic_tpu"),
+    ("tpu-latents", "v5e, int4, 1", "paged_attention/mosaic_tpu"),
+    ("tpu-latents", "v7x, bfloat16, 256", "paged_attention/mosaic_tpu"),
+    ("tpu-append", "v5p, 8B, int8, 1", "paged_attention/mosaic_tpu_token"),
+    ("tpu-append", "v6e, 8B, bfloat16, 512", "paged_attention/mosaic_tpu_append"),
+    ("tpu-quantized", "v5e, 8B, int4-g128, 16", "quantized_matmul/mosaic_tpu"),
+    ("tpu-quantized", "v7x, 8B, int4-g32, 4096", "quantized_matmul/mosaic_tpu"),
+    ("tpu-quantized", "v7x, 1B, int8 × int8, 4096", "quantized_matmul/mosaic_tpu"),
+    ("tpu-grouped", "v6e, Mixtral 8x7B, int8, 64", "grouped_matmul/mosaic_tpu"),
+    ("tpu-grouped", "v7x, Qwen3-30B-A3B, bfloat16, 65536", "grouped_matmul/mosaic_tpu"),
+    ("hopper-attention", "8B, none", "attention/mosaic_gpu_tile"),
+    ("hopper-paged", "8B, int4, 1", "paged_attention/mosaic_gpu"),
+    ("hopper-paged", "70B, bfloat16, 256", "paged_attention/mosaic_gpu"),
+    ("hopper-latents", "bfloat16, 256", "paged_attention/mosaic_gpu_latent"),
+    ("hopper-quantized", "8B, int8, 64", "quantized_matmul/mosaic_gpu"),
+    ("hopper-quantized", "1B, int8 × int8, 16", "quantized_matmul/mosaic_gpu_int8"),
+    ("hopper-grouped", "Mixtral 8x7B, bfloat16, 65536", "grouped_matmul/mosaic_gpu"),
+    ("hopper-grouped", "Qwen3-30B-A3B, int4-g128, 64", "grouped_matmul/mosaic_gpu_quantized"),
+    ("cross-entropy", "H200, 1B, all", ""),
 ]
+"""Of each kernel and each form of it the cheapest row: table, key, and the files of kernels/ whose kernels are inside.
+Where they cost the same the four TPUs take turns. Together about half a minute of a core; the loss is XLA's on every
+chip, and one row of it is compiled."""
 MARKS = {
     "tpu": [needs_libtpu],
     "hopper": [needs_cuda_compiler],
@@ -35,11 +51,31 @@ def of(table):
     return MARKS[table.partition("-")[0]]
 
 
-@pytest.mark.parametrize(("table", "key"), [pytest.param(*each, marks=of(each[0])) for each in QUICK])
-def test_kernels_take_no_more_than_recorded(table, key):
-    rows = measured(table, key)
+def key_of(table, values):
+    """A key by its values."""
+    (key,) = [key for key in TABLES[table].keys if ", ".join(key.values()) == values]
+    return key
+
+
+@pytest.mark.parametrize(
+    ("table", "values"), [pytest.param(table, values, marks=of(table)) for table, values, _ in QUICK]
+)
+def test_kernels_take_no_more_than_recorded(table, values):
+    rows = measured(table, key_of(table, values))
     assert rows
     assert grown(table, rows) == [], f"compiled with {kernel_table.compilers()}"
+
+
+def test_each_run_compiles_a_row_of_every_kernel():
+    kernels = kernel_table.ROOT / "kernels"
+    written = {
+        str(file.relative_to(kernels).with_suffix(""))
+        for file in kernels.rglob("mosaic_*.py")
+        if re.search(r"\b(pl\.pallas_call|plgpu\.kernel)\(", file.read_text())
+    }
+    assert written == {file for _, _, files in QUICK for file in files.split()}
+    assert {table for table, _, _ in QUICK} == set(TABLES)
+    assert {key_of(*each[:2]).get("chip", "H200") for each in QUICK} == {*kernel_programs.CHIPS}
 
 
 @pytest.mark.slow
@@ -61,7 +97,7 @@ def test_the_page_has_every_row_that_the_script_makes(table):
 @needs_libtpu
 def test_a_larger_block_is_found_out():
     """A fault planted: twice the inputs a tile."""
-    table, key = QUICK[1]
+    table, key = "tpu-quantized", key_of("tpu-quantized", "v5e, 8B, int4-g128, 16")
     function, arguments, _, _ = kernel_shapes.quantized_of(key["weights"], int(key["tokens"]), key["model"])
     with compiling_for(Chip("tpu", key["chip"])), tiles.asked() as requests:
         jax.eval_shape(lambda *each: function(*each), *arguments)
@@ -108,3 +144,46 @@ def test_some_rows_are_written_and_the_others_stay_in_their_order(page):
     new = [row("1B", "int4", "256"), row("8B", "int8", "1", shared="70.0")]
     merged = with_others("hopper-paged", new)
     assert merged == [new[0], new[1], page[1]]
+
+
+def test_rows_are_taken_up_again_unless_a_source_changed(page, tmp_path, monkeypatch, capsys):
+    made, told = [], []
+
+    def measured_here(name, key):
+        made.append(key)
+        return [row(key["model"], key["pages"], key["queries"], shared="70.0")]
+
+    class Process:
+        """One that compiles here."""
+
+        returncode = 0
+
+        def __init__(self, command, **options):
+            kernel_table.compile_here(command[2], json.loads(command[4]))
+            found = capsys.readouterr()
+            self.stdout = found.out.splitlines(keepends=True)
+            told.extend(found.err.splitlines())
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(kernel_table, "measured", measured_here)
+    monkeypatch.setattr(kernel_table.subprocess, "Popen", Process)
+    keys, file = TABLES["hopper-paged"].keys[:3], tmp_path / "rows.jsonl"
+    kernel_table.compile_rows("hopper-paged", keys[:2], 1, file)
+    capsys.readouterr()
+    assert len(kernel_table.compile_rows("hopper-paged", keys, 1, file)) == 3
+    assert made == keys
+    assert told == [f"hopper-paged: 2 rows are in {file}"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hopper-paged 3/3; 1B, int8, 1; ")
+    assert line.endswith("; not on the page")
+    (tmp_path / "kernels").mkdir()
+    monkeypatch.setattr(kernel_table, "ROOT", tmp_path)
+    monkeypatch.setattr(kernel_table, "MAKERS", ())
+    (tmp_path / "kernels" / "tiles.json").write_text("{}")
+    kernel_table.compile_rows("hopper-paged", keys[:1], 1, file)
+    assert made == [*keys, keys[0]]

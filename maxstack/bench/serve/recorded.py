@@ -5,11 +5,11 @@ benchmarks/aot_decode.py writes steps.json. No chip was there: the times made of
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from maxstack.bench.serve.absent_chip import PageNumbers, Setting, Weights
+from maxstack.bench.serve.absent_chip import PAGE, PageNumbers, Setting, Weights
 from maxstack.models import llama
 from maxstack.models.account import account_of, layers
 from maxstack.models.transformer import TransformerConfig
@@ -22,6 +22,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Llama 3's (arXiv:2407.21783, table 3)."""
 VOCABULARY = 128_256
+POOL_BYTES = 256 << 20
+"""Of a layer's keys on a chip, at least."""
 LINKS = {"v5e": 200e9, "v5p": 600e9, "v6e": 448e9, "v7x": 1200e9}
 """Bytes a second between a chip and all its neighbours (cloud.google.com/tpu/docs/system-architecture)."""
 
@@ -70,9 +72,19 @@ def config_of(shape: str) -> TransformerConfig:
 def setting_of(name: str, rows: int) -> Setting:
     """What is compiled."""
     named = SETTINGS[name]
-    return Setting(
+    setting = Setting(
         config=config_of(named.shape), topology=named.topology, rows=rows, weights=named.weights, kv=named.kv
     )
+    return replace(setting, pages=max(rows * setting.width, pool_pages(named)))
+
+
+def pool_pages(named: Named) -> int:
+    """Pages with which a layer's keys are twice what a chip's VMEM holds, as a server's are that fill its memory: XLA
+    moves smaller ones there and back in each step."""
+    shape = SHAPES[named.shape]
+    size = shape["width"] // shape["heads"]
+    page = shape["kv_heads"] // named.chips * PAGE * size * (2 if named.kv == "bfloat16" else 1)
+    return POOL_BYTES // page
 
 
 def kept() -> dict[str, dict[str, Any]]:

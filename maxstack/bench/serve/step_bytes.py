@@ -26,7 +26,7 @@ class StepBytes:
     moved: int
     """By the count of the compiled program's instructions."""
     memory: int
-    """What has to fit on the chip."""
+    """What has to fit on the chip, with as many pages as these rows need."""
     collectives: int
     """Executions in the step."""
     sent: int
@@ -58,7 +58,9 @@ def step_bytes(setting: Setting) -> tuple[StepBytes, list[Moved]]:
             weights=weight_bytes(step, setting),
             cache=cache_bytes(step, setting),
             moved=sum(one.bytes for one in found),
-            memory=memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
+            memory=memory.peak_memory_in_bytes
+            + memory.generated_code_size_in_bytes
+            - unused_bytes(step, setting),
             collectives=sum(one.times for one in travelling),
             sent=round(sum(one.wire_bytes for one in travelling)),
             flops=flops(setting, step.chips),
@@ -130,10 +132,18 @@ def cache_bytes(step: Made, setting: Setting) -> int:
     """Of the pages in use, and of the new tokens."""
     import jax
 
-    leaves = jax.tree.leaves(step.pools)
     pages = setting.pages or setting.rows * setting.width
-    a_token = sum(map(held_bytes, leaves)) / (pages * PAGE)
+    a_token = sum(map(held_bytes, jax.tree.leaves(step.pools))) / (pages * PAGE)
     return round(a_token * setting.rows * (setting.width * PAGE + 1))
+
+
+def unused_bytes(step: Made, setting: Setting) -> int:
+    """Of the pages that no row has."""
+    import jax
+
+    pages = setting.pages or setting.rows * setting.width
+    held = sum(map(held_bytes, jax.tree.leaves(step.pools)))
+    return held * (pages - setting.rows * setting.width) // pages
 
 
 def flops(setting: Setting, chips: int) -> float:
