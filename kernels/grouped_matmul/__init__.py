@@ -10,6 +10,7 @@ from maxstack.kernels import Unsupported
 from maxstack.kernels.dispatch import chip, choose, only_on
 from maxstack.kernels.grouped_matmul import native, reference
 from maxstack.kernels.grouped_matmul.derivative import BACKENDS, product
+from maxstack.kernels.grouped_matmul.quantized import part
 from maxstack.kernels.quantized_matmul.weight import QuantizedWeight
 from maxstack.kernels.sharded import explicit_mesh, varying, varying_over
 
@@ -19,9 +20,10 @@ Implementation = Literal["auto", "mosaic_tpu", "mosaic_gpu", "cpu_native", "xla"
 
 def grouped_matmul(
     x_td: Float[Array, "t d"],
-    w_edf: Float[Array, "e d f"] | QuantizedWeight,
+    w_mdf: Float[Array, "m d f"] | QuantizedWeight,
     group_sizes_e: Int[Array, "e"],
     *,
+    first: Int[Array, ""] | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "t f"]:
     """Row `i` of `x_td` times the matrix of its group: the experts of a mixture, with no row dropped.
@@ -35,25 +37,57 @@ def grouped_matmul(
     in its array's dtype. Differentiable in reverse mode. Weights of 8 or 4 bits are a QuantizedWeight of [e, f, d],
     one matrix [outputs, inputs] a group; they are frozen, and the gradient is that of `x_td`.
 
+    There are as many matrices as groups. Or more, a stack of many layers': group 0 then has that of number `first`, and
+    so on (a number past the last that fits is that one). The kernel for TPUs reads a stack where it lies; elsewhere the
+    matrices are cut out. They are frozen: TypeError for who asks for their gradient.
+
     Works on local arrays: on a mesh with explicit axes call it inside `jax.shard_map`. Raises ValueError for shapes
     that disagree, TypeError for dtypes, Unsupported for arrays on such a mesh and when the named implementation
     cannot serve the call.
     """
-    _check(x_td, w_edf, group_sizes_e)
-    backends = declined(x_td, w_edf, group_sizes_e)
+    _check(x_td, w_mdf, group_sizes_e, first)
+    backends = declined(x_td, w_mdf, group_sizes_e)
     taken = choose(NAME, implementation, backends, named_only=("reference",))
+    if first is not None:
+        w_mdf, first = _of_stack(taken, x_td, w_mdf, first, group_sizes_e.shape[0])
     if taken == "reference":
-        return reference.grouped_matmul(x_td, w_edf, group_sizes_e)
+        return reference.grouped_matmul(x_td, w_mdf, group_sizes_e)
     # Inside `jax.shard_map` all vary over the same mesh axes: loops and kernels want it, and a shared matrix's gradient
     # is then summed over the devices by the transpose of this cast, outside of the custom derivative.
-    arrays = (x_td, w_edf, group_sizes_e)
-    x_td, w_edf, group_sizes_e = varying_over(
+    arrays = (x_td, w_mdf, group_sizes_e, first)
+    x_td, w_mdf, group_sizes_e, first = varying_over(
         frozenset().union(*map(varying, jax.tree.leaves(arrays))), arrays
     )
     if x_td.shape[0] == 0:
-        outputs = w_edf.outputs if isinstance(w_edf, QuantizedWeight) else w_edf.shape[2]
+        outputs = w_mdf.outputs if isinstance(w_mdf, QuantizedWeight) else w_mdf.shape[2]
         return varying_over(varying(x_td), jnp.zeros((0, outputs), x_td.dtype))
-    return product(taken, x_td, w_edf, group_sizes_e)
+    return product(taken, x_td, w_mdf, group_sizes_e, first)
+
+
+def _of_stack(
+    taken: str, x_td: Array, w: Array | QuantizedWeight, first: Array, groups: int
+) -> tuple[Array | QuantizedWeight, Array | None]:
+    """The weight as the backend `taken` takes it, and where the groups begin in it; None: it is cut out."""
+    w = w if isinstance(w, QuantizedWeight) else _frozen(w)
+    first = jnp.clip(first, 0, w.shape[0] - groups)
+    if taken == "mosaic_tpu" and BACKENDS[taken].in_place(x_td, w, groups):
+        return w, first
+    return part(w, first, groups), None
+
+
+@jax.custom_vjp
+def _frozen(w: Array) -> Array:
+    return w
+
+
+def _refused(w: Array) -> tuple[Array, None]:
+    raise TypeError(
+        f"grouped_matmul: w {w.shape} is a stack, in which `first` says where groups begin, and has no gradient; cut the "
+        "groups' matrices out of it and leave `first` out"
+    )
+
+
+_frozen.defvjp(_refused, lambda _, dw: (dw,))
 
 
 def declined(x_td: Array, w: Array | QuantizedWeight, group_sizes_e: Array) -> dict[str, str | None]:
@@ -73,7 +107,9 @@ def hopper() -> str | None:
     return None if here.startswith("sm90") else f"it is written for Hopper (sm90), and this is {here}"
 
 
-def _check(x_td: jax.Array, w_edf: jax.Array | QuantizedWeight, group_sizes_e: jax.Array) -> None:
+def _check(
+    x_td: jax.Array, w_edf: jax.Array | QuantizedWeight, group_sizes_e: jax.Array, first: jax.Array | None
+) -> None:
     quantized = isinstance(w_edf, QuantizedWeight)
     if quantized:
         _check_quantized(w_edf)
@@ -87,10 +123,14 @@ def _check(x_td: jax.Array, w_edf: jax.Array | QuantizedWeight, group_sizes_e: j
     inputs = w_edf.inputs if quantized else w_edf.shape[1]
     if x_td.shape[1] != inputs:
         raise ValueError(f"grouped_matmul: x has width {x_td.shape[1]}, w {w_edf.shape} takes {inputs}")
-    if group_sizes_e.shape[0] != w_edf.shape[0]:
+    groups, matrices = group_sizes_e.shape[0], w_edf.shape[0]
+    if first is None and groups != matrices:
         raise ValueError(
-            f"grouped_matmul: {group_sizes_e.shape[0]} group sizes and {w_edf.shape[0]} matrices; they must agree"
+            f"grouped_matmul: {groups} group sizes and {matrices} matrices; they must agree, or `first` say where in a "
+            "stack the groups begin"
         )
+    if first is not None:
+        _check_first(first, groups, matrices)
     if not jnp.issubdtype(x_td.dtype, jnp.floating):
         raise TypeError(f"grouped_matmul: x must be floating-point, not {x_td.dtype}")
     if quantized and x_td.dtype not in (jnp.bfloat16, jnp.float32):
@@ -101,12 +141,21 @@ def _check(x_td: jax.Array, w_edf: jax.Array | QuantizedWeight, group_sizes_e: j
         )
     if not jnp.issubdtype(group_sizes_e.dtype, jnp.integer):
         raise TypeError(f"grouped_matmul: group sizes must be integers, not {group_sizes_e.dtype}")
-    leaves = jax.tree.leaves((x_td, w_edf, group_sizes_e))
+    leaves = jax.tree.leaves((x_td, w_edf, group_sizes_e, first))
     if explicit_mesh(*leaves) is not None:
         cut = ", ".join(str(jax.typeof(a)) for a in leaves)
         raise Unsupported(
             f"grouped_matmul: {cut} lie on a mesh; call it inside jax.shard_map, on local arrays"
         )
+
+
+def _check_first(first: jax.Array, groups: int, matrices: int) -> None:
+    if matrices < groups:
+        raise ValueError(
+            f"grouped_matmul: {groups} group sizes and a stack of {matrices} matrices; it must hold one for each group"
+        )
+    if first.ndim or not jnp.issubdtype(first.dtype, jnp.integer):
+        raise TypeError(f"grouped_matmul: first must be one integer, not {first.dtype} {first.shape}")
 
 
 def _check_quantized(w: QuantizedWeight) -> None:

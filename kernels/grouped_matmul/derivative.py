@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from maxstack.kernels.dispatch import Later
 from maxstack.kernels.grouped_matmul import native, xla
-from maxstack.kernels.grouped_matmul.quantized import whole
+from maxstack.kernels.grouped_matmul.quantized import part, whole
 from maxstack.kernels.quantized_matmul.weight import QuantizedWeight
 
 BACKENDS: dict[str, Any] = {
@@ -24,23 +24,33 @@ BACKENDS: dict[str, Any] = {
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(taken: str, x_td: Array, w_edf: Array | QuantizedWeight, group_sizes_e: Array) -> Array:
-    """The product by the backend `taken`, of at least one row."""
-    return BACKENDS[taken].rows(x_td, w_edf, group_sizes_e)
+def product(
+    taken: str, x_td: Array, w: Array | QuantizedWeight, group_sizes_e: Array, first: Array | None
+) -> Array:
+    """The product by the backend `taken`, of at least one row. With `first`, which is for TPUs, `w` is a stack."""
+    return BACKENDS[taken].rows(x_td, w, group_sizes_e, **_in_stack(first))
 
 
-def _forward(taken, x_td, w_edf, group_sizes_e):
-    return product(taken, x_td, w_edf, group_sizes_e), (x_td, w_edf, group_sizes_e)
+def _in_stack(first: Array | None) -> dict[str, Array]:
+    return {} if first is None else {"first": first}
+
+
+def _forward(taken, *arrays):
+    return product(taken, *arrays), arrays
 
 
 def _backward(taken, kept, dy_tf):
-    x_td, w, group_sizes_e = kept
+    x_td, w, group_sizes_e, first = kept
+    if first is not None and not isinstance(w, QuantizedWeight):  # whose gradient nobody gets
+        dx_td = BACKENDS[taken].rows(dy_tf, w, group_sizes_e, transposed=True, first=first)
+        return dx_td, None, None, None
+    w = w if first is None else part(w, first, len(group_sizes_e))
     if not isinstance(w, QuantizedWeight):
         dx_td = BACKENDS[taken].rows(dy_tf, w, group_sizes_e, transposed=True)
-        return dx_td, BACKENDS[taken].matrices(x_td, dy_tf, group_sizes_e), None
+        return dx_td, BACKENDS[taken].matrices(x_td, dy_tf, group_sizes_e), None, None
     if taken in ("cpu_native", "xla"):
-        return xla.rows(dy_tf, w, group_sizes_e, transposed=True), None, None
-    return BACKENDS[taken].rows(dy_tf, whole(w, dy_tf.dtype), group_sizes_e), None, None
+        return xla.rows(dy_tf, w, group_sizes_e, transposed=True), None, None, None
+    return BACKENDS[taken].rows(dy_tf, whole(w, dy_tf.dtype), group_sizes_e), None, None, None
 
 
 product.defvjp(_forward, _backward)

@@ -26,7 +26,7 @@ from maxstack.kernels.grouped_matmul.visits import Visits, of_groups, of_rows
 from maxstack.kernels.quantized_matmul.mosaic_tpu import in_type, scaled
 from maxstack.kernels.quantized_matmul.weight import QuantizedWeight
 
-LANES = 128
+LANES, EIGHT = 128, 8
 MOST_ROWS, MOST_PART = 512, 128
 """Of a tile of rows, and of what of it is multiplied or left out at a time."""
 VMEM_MIB = {"v5e": 96, "v5p": 56, "v6e": 96, "v7x": 56}
@@ -90,28 +90,48 @@ def row_tiles(rows: int, groups: int, itemsize: int) -> tuple[int, int]:
     return min(whole, part * 8, max(MOST_PART, min(2 * mean, MOST_ROWS))), part
 
 
-def cut(size: int, most: int) -> int:
-    """The largest multiple of the lanes that divides a size and is no more than `most`; or the size, where none is."""
-    fitting = (n for n in range(most // LANES * LANES, 0, -LANES) if size % n == 0)
+def cut(size: int, most: int, unit: int = LANES) -> int:
+    """The largest multiple of `unit`, or else of the lanes, that divides a size and is no more than `most`; or the size,
+    where none is."""
+    fitting = (n for step in (unit, LANES) for n in range(most // step * step, 0, -step) if size % n == 0)
     return size if size <= most else next(fitting, size)
 
 
 def tiles_for(
-    rows: int, groups: int, inputs: int, outputs: int, w_bits: int, itemsize: int, vmem: int
+    rows: int, groups: int, inputs: int, outputs: int, w_bits: int, itemsize: int, vmem: int, unit: int = LANES
 ) -> Tiles:
     """All inputs at a time where the matrix of a group, in columns wide enough, fits twice: then it is fetched once.
-    Of packed weights, which are widened in code for each group of inputs, no more than MOST_PACKED_INPUTS."""
+    Of packed weights, which are widened in code for each group of inputs, no more than MOST_PACKED_INPUTS; a multiple
+    of `unit` if that can be."""
     tile, part = row_tiles(rows, groups, itemsize)
     budget = vmem * 2 // 3
     most = inputs if w_bits >= 16 else MOST_PACKED_INPUTS
     for most_inputs in (most, 4096, 2048, 1024, 512, 256, LANES):
-        bk = cut(inputs, most_inputs)
+        bk = cut(inputs, most_inputs, unit)
         # Twice of everything that is fetched or written, and the sums.
         fixed, each = 2 * tile * bk * itemsize, 2 * bk * w_bits // 8 + 2 * tile * itemsize + 4 * tile
         bn = cut(outputs, max(min((budget - fixed) // each, 1024), LANES))
         if fixed + each * bn <= budget and (bn >= min(512, outputs) or most_inputs <= 1024):
             return Tiles(tile, part, bn, bk)
     return Tiles(tile, part, cut(outputs, LANES), cut(inputs, LANES))
+
+
+def tiles_of(x_td: Array, w: Array | QuantizedWeight, groups: int, transposed: bool) -> Tiles:
+    """`tiles_for` a call."""
+    (rows, d), f, itemsize = x_td.shape, w.shape[1 if transposed else 2], x_td.dtype.itemsize
+    quantized = isinstance(w, QuantizedWeight)
+    bits = w.bits if quantized else 8 * itemsize
+    unit = EIGHT * w.group if quantized and w.group != w.inputs else LANES
+    return tiles_for(rows, groups, d, f, bits, itemsize, vmem_bytes(), unit)
+
+
+def in_place(x_td: Array, w: Array | QuantizedWeight, groups: int) -> bool:
+    """Whether `rows` reads a stack where it lies. Scales of fewer than eight groups to a tile it has moved before: those
+    of the groups alone are better."""
+    if not isinstance(w, QuantizedWeight) or w.group == w.inputs:
+        return True
+    inputs = tiles_of(x_td, w, groups, transposed=True).inputs
+    return inputs == w.inputs or inputs % (EIGHT * w.group) == 0
 
 
 def product(a: Array, b: Array, contracted: tuple[int, int]) -> Array:
@@ -123,20 +143,20 @@ def product(a: Array, b: Array, contracted: tuple[int, int]) -> Array:
 
 def rows(
     x_td: Float[Array, "t d"], w: Array | QuantizedWeight, group_sizes_e: Int[Array, "e"], transposed: bool = False,
-    *, tiles: Tiles | None = None, interpret: Any = False,
+    *, first: Int[Array, ""] | None = None, tiles: Tiles | None = None, interpret: Any = False,
 ) -> Float[Array, "t f"]:  # fmt: skip
     """Each row times the matrix of its group: [e, d, f], or [e, f, d] if `transposed` or quantized; rows of no group
-    give 0. In the dtype of the rows."""
+    give 0. In the dtype of the rows. With `first` there are more matrices, and it is the number of group 0's."""
     quantized = isinstance(w, QuantizedWeight)
     transposed = transposed or quantized
     groups, d, f = len(group_sizes_e), x_td.shape[1], w.shape[1 if transposed else 2]
-    itemsize = x_td.dtype.itemsize
-    bits = w.bits if quantized else 8 * itemsize
-    tiles = tiles or tiles_for(x_td.shape[0], groups, d, f, bits, itemsize, vmem_bytes())
+    tiles = tiles or tiles_of(x_td, w, groups, transposed)
     bt, _, bn, bk = tiles
     count = x_td.shape[0]
     x_td = jnp.pad(x_td, ((0, max(bt - count, 0)), (0, 0)))  # a larger array may end within its last tile
     visits = of_rows(group_sizes_e, count, bt)
+    if first is not None:
+        visits = visits._replace(group_v=visits.group_v + first)
 
     def at_w(n, v, k, group, *_):
         return (group[v], n, k) if transposed else (group[v], k, n)
@@ -145,7 +165,7 @@ def rows(
     if quantized:
         each = bk // w.group if w.group != w.inputs else 1
         # The groups of a tile's inputs are a dimension of their own: they need not be a multiple of 8.
-        scale = w.scale.reshape(groups, -1, each, f)
+        scale = w.scale.reshape(w.shape[0], -1, each, f)
         whole = w.group == w.inputs
         arrays = [w.values, scale]
         specs.append(
@@ -153,6 +173,9 @@ def rows(
                 (None, None, each, bn), lambda n, v, k, group, *_: (group[v], 0 if whole else k, 0, n)
             )
         )
+    own = [jax.ShapeDtypeStruct((groups, *a.shape[1:]), a.dtype) for a in arrays]
+    if first is not None and not interpret:  # else XLA may copy scales of all layers into VMEM
+        arrays = [pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in arrays]
     steps = d // bk
     body = functools.partial(_rows_kernel, part=tiles.part, steps=steps, multiply=_multiply(w, transposed))
     y_tf = pl.pallas_call(
@@ -170,7 +193,7 @@ def rows(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_bytes()
         ),
-        cost_estimate=_cost(2 * x_td.size * f, (x_td,) * (f // bn), arrays, x_td.shape[0] * f * itemsize),
+        cost_estimate=_cost(2 * x_td.size * f, (x_td,) * (f // bn), own, x_td.shape[0] * f * x_td.dtype.itemsize),
         interpret=interpret,
         name="grouped_matmul",
     )(*_scalars(visits, visits.real_v), x_td, *arrays)

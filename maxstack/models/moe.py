@@ -12,6 +12,7 @@ from maxstack import sharding
 from maxstack.config import UserError
 from maxstack.kernels.grouped_matmul import grouped_matmul
 from maxstack.kernels.quantized_matmul import PanelWeight, QuantizedWeight, panel_matmul
+from maxstack.models.expert_stack import OfStack, settled
 from maxstack.models.feed_forward import ACTIVATIONS, Activation, Aux, FeedForwardConfig
 from maxstack.models.layers import Buffer, Weight, constant, operand, require, weight
 from maxstack.models.packed import PackedMatrix, PackedPanels
@@ -100,9 +101,9 @@ class Experts(NamedTuple):
     """The arrays of the routed experts that products with tokens sorted by expert need. In few bits a matrix lies the
     other way around, [outputs, inputs]."""
 
-    gate_edf: Float[Array, "e d f"] | QuantizedWeight | PanelWeight
-    up_edf: Float[Array, "e d f"] | QuantizedWeight | PanelWeight
-    down_efd: Float[Array, "e f d"] | QuantizedWeight | PanelWeight
+    gate_edf: Float[Array, "e d f"] | QuantizedWeight | PanelWeight | OfStack
+    up_edf: Float[Array, "e d f"] | QuantizedWeight | PanelWeight | OfStack
+    down_efd: Float[Array, "e f d"] | QuantizedWeight | PanelWeight | OfStack
     gate_b_ef: Float[Array, "e f"] | None = None
     up_b_ef: Float[Array, "e f"] | None = None
 
@@ -150,9 +151,11 @@ class MoE(nnx.Module):
             y = y + product(used_bte, self.down_b[...], ("expert", "embed"))
         return (y if self.shared is None else y + self.shared_part(x)), aux
 
-    def matrix(self, name: str) -> Array | QuantizedWeight | PanelWeight:
+    def matrix(self, name: str) -> Array | QuantizedWeight | PanelWeight | OfStack:
         """The routed experts' weights `name`, as they are kept."""
         w = getattr(self, name)
+        if isinstance(w, OfStack):
+            return w
         return w.weight if isinstance(w, PackedMatrix | PackedPanels) else w[...]
 
     def shared_part(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -228,27 +231,28 @@ def run_experts(
     def kind(w: Array) -> jnp.dtype:  # offsets are added in float32, and so are their gradients
         return x.dtype if w.ndim == 3 else jnp.dtype(jnp.float32)
 
-    def in_few_bits(w: Any) -> bool:
-        return isinstance(w, QuantizedWeight | PanelWeight)
+    def as_it_is(w: Any) -> bool:
+        return isinstance(w, QuantizedWeight | PanelWeight | OfStack)
 
+    experts = Experts(*(settled(w, x) for w in experts))
     mesh = sharding.current_mesh()
     if mesh is None:
-        cast = jax.tree.map(
-            lambda w: w if in_few_bits(w) else w.astype(kind(w)), experts, is_leaf=in_few_bits
-        )
+        cast = jax.tree.map(lambda w: w if as_it_is(w) else w.astype(kind(w)), experts, is_leaf=as_it_is)
         return local_experts(x, chosen, weights, cast, config=config)
     spec = jax.typeof(x).sharding.spec
     operands = (x, chosen, weights, experts)
 
     def gather(mine: Any, w: Any) -> Any:
-        if in_few_bits(w):
+        if isinstance(w, QuantizedWeight):
             return gather_packed(mine, w, spec)
+        if isinstance(w, OfStack):  # of which nothing is gathered
+            return mine._replace(stack=gather(mine.stack, w.stack)) if w.packed else mine
         return sharding.gather_local(mine, jax.typeof(w).sharding.spec, spec, kind(w))
 
     among_zeros = lies_whole(experts.down_efd, mesh.shape["tensor"])
 
     def run(x: Array, chosen: Array, weights: Array, cut: Experts) -> Array:
-        gathered = jax.tree.map(gather, cut, experts, is_leaf=in_few_bits)
+        gathered = jax.tree.map(gather, cut, experts, is_leaf=as_it_is)
         y = local_experts(x, chosen, weights, gathered, config=config, among_zeros=among_zeros)
         return jax.lax.psum(y, "tensor")
 
@@ -269,9 +273,10 @@ def gather_packed(mine: QuantizedWeight, w: QuantizedWeight, tokens: jax.P) -> Q
 
 def lies_whole(down: Any, devices: int) -> bool:
     """Whether each of several devices has all of an inner width in few bits: a scale is for weights of several."""
-    if devices == 1 or not isinstance(down, QuantizedWeight):
+    kept = down.stack if isinstance(down, OfStack) else down
+    if devices == 1 or not isinstance(kept, QuantizedWeight):
         return False
-    return jax.typeof(down.values).sharding.spec[-1] is None
+    return jax.typeof(kept.values).sharding.spec[-1] is None
 
 
 def own_part_among_zeros(hidden_rf: Array, inputs: int) -> Array:
@@ -294,19 +299,22 @@ def local_experts(
     sizes = jnp.bincount(flat, length=config.experts).astype(jnp.int32)
     sorted_x, of = x.reshape(tokens, d)[order // per_token], flat[order]
 
-    def times(x: Array, w: Array | QuantizedWeight | PanelWeight) -> Array:
+    def times(x: Array, w: Array | QuantizedWeight | PanelWeight | OfStack) -> Array:
+        if isinstance(w, OfStack):
+            return w.times(x, sizes)
         if isinstance(w, PanelWeight):
             return panel_matmul(x, w, sizes).astype(x.dtype)
         return grouped_matmul(x, w, sizes)
 
-    def inner(w_edf: Array | QuantizedWeight | PanelWeight, b_ef: Array | None) -> Array:
+    def inner(w_edf: Array | QuantizedWeight | PanelWeight | OfStack, b_ef: Array | None) -> Array:
         y = times(sorted_x, w_edf)
         return y if b_ef is None else y + b_ef[of]
 
     gate, up = inner(experts.gate_edf, experts.gate_b_ef), inner(experts.up_edf, experts.up_b_ef)
     hidden, down = gated(gate, up, config).astype(x.dtype), experts.down_efd
-    if among_zeros and isinstance(down, QuantizedWeight):
-        hidden = own_part_among_zeros(hidden, down.inputs)
+    if among_zeros:
+        kept: Any = down.stack if isinstance(down, OfStack) else down
+        hidden = own_part_among_zeros(hidden, kept.inputs)
     y = times(hidden, down)
     y = jnp.zeros_like(y).at[order].set(y).reshape(tokens, per_token, d)
     return jnp.einsum("tjd,tj->td", y, weights.reshape(tokens, per_token)).reshape(b, t, d)

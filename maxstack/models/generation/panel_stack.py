@@ -16,9 +16,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from maxstack.kernels import cpu_native
+from maxstack.kernels.dispatch import chip
+from maxstack.models.expert_stack import OfStack
 from maxstack.models.generation.matrix import in_panels, new_panels, shortened
 from maxstack.models.layers import Weight
-from maxstack.models.packed import PackedMatrix
+from maxstack.models.packed import Packed, PackedMatrix
 
 
 class PanelStack(nnx.Module):
@@ -58,12 +60,22 @@ def held_back(layers: Any) -> tuple[list[Any], Callable[[list[Any], Int[Array, "
 
 def stays_whole(part: Any) -> bool:
     """Whether layers find their own in it: of what a scan has cut, a kernel would read a copy."""
-    return isinstance(part, PanelStack) or (isinstance(part, PackedMatrix) and part.values[...].ndim == 3)
+    if isinstance(part, PackedMatrix) and part.values[...].ndim == 3:
+        return True
+    return isinstance(part, PanelStack) or are_experts(part)
+
+
+def are_experts(part: Any) -> bool:
+    """Whether it is a stack of experts' matrices, for a chip whose kernel finds a layer's in it."""
+    array = part.values if isinstance(part, PackedMatrix) else part
+    if chip().platform != "tpu" or not isinstance(array, Weight | Packed):
+        return False
+    return array[...].ndim == 4 and array.get_metadata()["axes"][0] == "expert"
 
 
 def may_cut(part: Any) -> Any:
     """The arrays of a part that a scan may cut."""
-    if isinstance(part, PanelStack):
+    if isinstance(part, PanelStack) or are_experts(part):
         return None
     return part.scale if stays_whole(part) else part
 
@@ -72,4 +84,6 @@ def found(part: Any, mine: Any, layer: Int[Array, ""]) -> Any:
     """A layer's own part, where `mine` is what was cut of it."""
     if isinstance(part, PanelStack):
         return OfLayer(part, layer)
+    if are_experts(part):
+        return OfStack(part.weight if isinstance(part, PackedMatrix) else part[...], layer)
     return part.of_layer(layer, mine) if stays_whole(part) else mine
