@@ -45,6 +45,8 @@ class Inside(NamedTuple):
     """Instructions that copy a pool."""
     temporaries: int
     """Bytes beside arguments and results."""
+    layer: int = 0
+    """Bytes of a layer's weights, of a program that shall copy none of them."""
 
 
 def models() -> dict[str, Any]:
@@ -72,7 +74,7 @@ def models() -> dict[str, Any]:
     }
 
 
-def training(key: Row) -> Any:
+def training(key: Row) -> tuple[Any, ...]:
     """A step of training, forward, backward and update, on one chip or on four that share it."""
     from maxstack import sharding
     from maxstack.kernels.dispatch import chip_of, compiling_for
@@ -91,11 +93,11 @@ def training(key: Row) -> Any:
     plan = states.layout(config, optim, mesh, zero=cut.zero, steps=10)
     step = train_step(plan, pretrain, optim, SafetyConfig(), 0.0, 10)
     with compiling_for(chip_of(devices[0])), as_users_compile():
-        return compiled_step(plan, step, abstract_batch(plan, 1, 2, TOKENS), plan.abstract(config)), None
+        return (compiled_step(plan, step, abstract_batch(plan, 1, 2, TOKENS), plan.abstract(config)),)
 
 
-def serving(key: Row) -> tuple[Any, Any]:
-    """A step of the server, and the pools that it is given."""
+def serving(key: Row) -> tuple[Any, Any, int]:
+    """A step of the server, the pools that it is given, and the bytes of a layer's weights."""
     from maxstack.bench.serve.absent_chip import Setting, made
     from tests.kernels.chips import as_users_compile
 
@@ -107,7 +109,9 @@ def serving(key: Row) -> tuple[Any, Any]:
     )  # fmt: skip
     with as_users_compile():
         step = made(setting, devices_of(key["chip"], int(key["chips"])))
-    return step.compiled, step.pools
+    stacked = [leaf for leaf in step.leaves if leaf.shape[0] == LAYERS]
+    layer = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in stacked)
+    return step.compiled, step.pools, layer if key["program"] == "decode" else 0
 
 
 def devices_of(chip: str, count: int) -> list[Any]:
@@ -118,7 +122,7 @@ def devices_of(chip: str, count: int) -> list[Any]:
     return [first] if count == 1 else list(first.client.devices())[:count]
 
 
-def inside(program: Any, pools: Any = None) -> Inside:
+def inside(program: Any, pools: Any = None, layer: int = 0) -> Inside:
     """What a compiled program holds."""
     import jax
 
@@ -135,7 +139,7 @@ def inside(program: Any, pools: Any = None) -> Inside:
     kernels: Counter[str] = Counter()
     for name, times in calls(whole, "ENTRY", 1):
         kernels[name] += times
-    return Inside(kernels, copies, program.memory_analysis().temp_size_in_bytes)
+    return Inside(kernels, copies, program.memory_analysis().temp_size_in_bytes, layer)
 
 
 def calls(whole: Any, name: str, times: int) -> Iterator[tuple[str, int]]:
@@ -232,10 +236,16 @@ def compiled(key: Row) -> Inside:
 
 
 def faults(key: Row, found: Inside) -> list[str]:
-    """What is not as it should be: a kernel that is not inside, a pool that is copied."""
+    """What is not as it should be: a kernel that is not inside, a pool that is copied, weights that are."""
     what = ", ".join(key.values())
     missing = [one for one in promised(key) if not one & set(found.kernels)]
     said = [f"{what}: {' or '.join(sorted(one))} is not inside" for one in missing]
+    # Whoever copies weights holds at least those of most of a layer; cuBLAS and what else a step needs are less.
+    if found.layer and found.temporaries > found.layer / 2:
+        said.append(
+            f"{what}: holds {found.temporaries / 1e6:.0f} MB beside what it is given, so that it copies weights: "
+            f"those of a layer are {found.layer / 1e6:.0f} MB"
+        )
     return said + [f"{what}: copies a pool: {line[:120]}" for line in found.copies]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from maxstack.models.compiling import lies, reading_weights
 from maxstack.sharding import on_mesh
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -49,7 +50,7 @@ class Compiled:
         def one(each: tuple[Any, tuple[Any, tuple]]) -> tuple[Any, Any]:
             key, (function, shapes) = each
             with on_mesh(self._mesh):
-                compiled = function.lower(*shapes).compile()
+                compiled = function.lower(*shapes).compile(reading_weights())
             if told is not None:
                 told(next(done), len(self._wanted))
             return key, compiled
@@ -70,7 +71,7 @@ class Compiled:
 
 def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
     """The shape that a program is compiled for; where an array lies, it stays."""
-    sharding = leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
+    sharding = lies(leaf) if isinstance(leaf, jax.Array) and leaf.committed else None
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

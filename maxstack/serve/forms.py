@@ -3,12 +3,11 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from maxstack import sharding
 from maxstack.kernels import cpu_native
 from maxstack.models.adapters import AdapterSlots
-from maxstack.models.generation.weights import Looped, Unstacked, can_loop, cast_products, looped, unstack
+from maxstack.models.generation.weights import Looped, Unstacked, can_loop, for_accelerator, looped, unstack
 from maxstack.models.paged import forward
 from maxstack.models.remat import platform
 from maxstack.models.transformer import Transformer, TransformerConfig
@@ -36,7 +35,7 @@ def form_for(
         form = written_out(model.config, treedef, slots is not None, in_place=writes_in_place(model.config))
         return form, leaves if slots is None else (leaves, rooms.beside_layers(unstacked, slots))
     with sharding.on_mesh(mesh):
-        leaves, treedef = jax.tree.flatten(cast_products(model, jnp.dtype(model.config.dtype)))
+        leaves, treedef = jax.tree.flatten(for_accelerator(model, use_up))
     form = scanned(treedef, slots is not None)
     return form, leaves if slots is None else (leaves, rooms.beside_stacks(model, slots))
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from maxstack.config import UserError
+from maxstack.models.compiling import lies
 from maxstack.models.transformer import Transformer
 from maxstack.serve.errors import RequestFailed
 from maxstack.serve.forms import form_for
@@ -75,7 +76,7 @@ def new_leaves(engine: "AsyncEngine", model: Transformer) -> list[Any]:
                 f"{mine.dtype} {list(mine.shape)}: load it with the same types"
             )
     placed = [
-        jax.device_put(theirs, mine.sharding) if mine.committed else theirs
+        jax.device_put(theirs, lies(mine)) if mine.committed else theirs
         for mine, theirs in zip(old, new, strict=True)
     ]
     return jax.block_until_ready(placed)

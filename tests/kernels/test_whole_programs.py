@@ -1,6 +1,8 @@
 """A training step and the server's steps, compiled for chips that are not there: the kernels are inside, no pool is
 copied, and docs/kernels.md says how often each kernel is called."""
 
+from collections import Counter
+
 import pytest
 
 from benchmarks import kernel_whole
@@ -100,6 +102,16 @@ def test_a_kernel_that_is_not_inside_and_a_copied_pool_are_told():
     (said,) = faults(QUICK, found)
     assert said == "decode, dense, int8, int8, 1, v6e: paged_attention is not inside"
     assert "copies a pool" in faults(QUICK, whole._replace(copies=["%copied = …"]))[-1]
+
+
+def test_a_step_that_copies_weights_is_told():
+    kernels = Counter(append_token=3, paged_attention=3, quantized_matmul=22)
+    assert faults(QUICK, Inside(kernels, [], 49, layer=100)) == []
+    (said,) = faults(QUICK, Inside(kernels, [], 51_000_000, layer=100_000_000))
+    assert said.endswith(
+        "holds 51 MB beside what it is given, so that it copies weights: those of a layer are 100 MB"
+    )
+    assert faults(QUICK, Inside(kernels, [], 51)) == []  # a chunk's activations may be larger
 
 
 def test_every_program_on_the_page_has_the_promised_kernels():

@@ -54,6 +54,7 @@ def made(setting: Setting, devices: Sequence[Any] | None = None) -> Made:
 
     from maxstack import sharding
     from maxstack.kernels.dispatch import chip_of, compiling_for
+    from maxstack.models.compiling import reading_weights
     from maxstack.models.generation.params import row_settings
     from maxstack.models.paged.layer import cut
     from maxstack.models.paged.pools import init_pools
@@ -90,7 +91,7 @@ def made(setting: Setting, devices: Sequence[Any] | None = None) -> Made:
 
         traced = jax.jit(step, donate_argnums=(1, 2)).trace(leaves, pools, state, asked)
         platform = "tpu" if devices[0].platform == "tpu" else "cuda"
-        compiled = traced.lower(lowering_platforms=(platform,)).compile()
+        compiled = traced.lower(lowering_platforms=(platform,)).compile(reading_weights())
     return Made(compiled, leaves, pools, state, len(devices))
 
 
@@ -127,7 +128,7 @@ def abstract_weights(config: TransformerConfig, kind: Weights, mesh: Any) -> Any
 
     from maxstack import sharding
     from maxstack.models import tree
-    from maxstack.models.generation.weights import cast_products
+    from maxstack.models.generation.weights import cast_products, laid_out
     from maxstack.models.packing import Packing
 
     with sharding.on_mesh(None):
@@ -142,7 +143,7 @@ def abstract_weights(config: TransformerConfig, kind: Weights, mesh: Any) -> Any
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=homes[name])
         for name, leaf in tree.leaves(model).items()
     }
-    return tree.rebuild(model, arrays)
+    return laid_out(tree.rebuild(model, arrays))
 
 
 def devices_of(topology: str) -> list[Any]:

@@ -1,13 +1,12 @@
 """Which form of the programs runs where: the one place that asks for the platform."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from maxstack.models.generation.stacked import stacked_programs
 from maxstack.models.generation.state import Programs
 from maxstack.models.generation.unstacked import unstacked_programs
-from maxstack.models.generation.weights import cast_products, unstack
+from maxstack.models.generation.weights import for_accelerator, unstack
 from maxstack.models.remat import platform
 from maxstack.models.transformer import Transformer
 
@@ -18,5 +17,5 @@ def programs_for(model: Transformer, on: str | None = None) -> tuple[Programs, l
     if (on or platform()) == "cpu":
         leaves, treedef = jax.tree.flatten(unstack(model))
         return unstacked_programs(model.config, treedef), leaves
-    leaves, treedef = jax.tree.flatten(cast_products(model, jnp.dtype(model.config.dtype)))
+    leaves, treedef = jax.tree.flatten(for_accelerator(model))
     return stacked_programs(model.config, treedef), leaves

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from maxstack.models.cached import slot_axes
+from maxstack.models.compiling import reading_weights
 from maxstack.models.decode import DecodeCache, advance, init_cache
 from maxstack.models.generation.params import RowSettings
 from maxstack.models.generation.sampling import Chosen, choose
@@ -22,13 +23,13 @@ def stacked_programs(config: TransformerConfig, treedef: Any) -> Programs:
     def model_of(leaves: list[Array]) -> Transformer:
         return jax.tree.unflatten(treedef, leaves)
 
-    @functools.partial(jax.jit, donate_argnums=1)
+    @functools.partial(jax.jit, donate_argnums=1, compiler_options=reading_weights())
     def read(leaves, state: State, tokens_bt, counts_b, documents_b, first) -> State:
         cache = DecodeCache(state.caches, state.lengths_b)
         _, cache = advance(model_of(leaves), tokens_bt, cache, counts_b, documents_b)
         return state._replace(caches=cache.layers, lengths_b=cache.lengths_b)
 
-    @functools.partial(jax.jit, donate_argnums=1)
+    @functools.partial(jax.jit, donate_argnums=1, compiler_options=reading_weights())
     def step(leaves, state: State, settings: RowSettings) -> tuple[Chosen, State]:
         model, ones = model_of(leaves), jnp.ones_like(state.lengths_b)
         x, cache = advance(model, state.next_b[:, None], DecodeCache(state.caches, state.lengths_b), ones)

@@ -1,5 +1,6 @@
 """Weights as decoding reads them: in the compute type, and on a CPU unstacked and laid out by output."""
 
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -13,7 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from maxstack.kernels import cpu_native
+from maxstack.kernels.dispatch import chip
 from maxstack.models.attention import AttentionConfig
+from maxstack.models.compiling import TILES, format_for
 from maxstack.models.feed_forward import FeedForwardConfig
 from maxstack.models.generation.matrix import ByOutput, Panels, matrix, native, shortened
 from maxstack.models.generation.panel_stack import PanelStack
@@ -22,6 +25,8 @@ from maxstack.models.moe import MoE
 from maxstack.models.packed import Packed, PackedLinear, PackedMatrix, PackedPanels
 from maxstack.models.transformer import Transformer
 from maxstack.models.tree import named_variables
+
+log = logging.getLogger(__name__)
 
 Replacements = Mapping[type, Callable[[Any], Any]]
 
@@ -128,6 +133,35 @@ def cast_products(module: Any, dtype: jnp.dtype, replace: Replacements | None = 
         if isinstance(old, nnx.Variable):
             setattr(copy, name, Weight(old[...].astype(dtype), axes=old.get_metadata()["axes"]))
     return copy
+
+
+def for_accelerator(model: Transformer, use_up: bool = False) -> Transformer:
+    """The model with its products' weights in the compute type, and as the chip multiplies with them."""
+    return laid_out(cast_products(model, jnp.dtype(model.config.dtype)), use_up)
+
+
+def laid_out(module: Any, use_up: bool = False) -> Any:
+    """A module of arrays or of their shapes with its matrices in the tiles that the chip multiplies with. With `use_up`
+    they take the place of what is given."""
+    if chip().name not in TILES or not isinstance(module, nnx.Module):
+        return module
+    copy: Any = with_parts(module, lambda part: laid_out(part, use_up))
+    if type(module) is Linear:
+        w = module.w.get_value()
+        if (wanted := format_for(w, w.sharding)) is not None:
+            copy.w = Weight(moved(w, wanted, use_up), axes=module.w.get_metadata()["axes"])
+    return copy
+
+
+def moved(w: Any, wanted: Any, use_up: bool) -> Any:
+    """An array, or the shape of one, in another format; as it is where the device does not take it."""
+    if isinstance(w, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=wanted)
+    try:
+        return jax.device_put(w, wanted, donate=use_up)
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        log.warning("weights stay in the tiles that arrays have, and are copied in each step: %s", error)
+        return w
 
 
 def unstack(model: Transformer) -> Unstacked:
