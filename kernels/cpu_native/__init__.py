@@ -47,13 +47,15 @@ def panel_product(
     With sizes each row, sorted by group, meets the matrix of its group; rows of no group give 0.
     """
     out = jax.ShapeDtypeStruct((x_tk.shape[0], w_pko.shape[-3] * PANEL), jnp.float32)
-    scale = jnp.zeros((0,), jnp.float32) if scale_n is None else scale_n
-    return jax.ffi.ffi_call(PREFIX + "panel_product", out)(x_tk, w_pko, scale, or_none(sizes_e))
+    scale, sizes = or_none(scale_n, jnp.float32), or_none(sizes_e, jnp.int32)
+    return jax.ffi.ffi_call(PREFIX + "panel_product", out)(x_tk, w_pko, scale, sizes)
 
 
-def or_none(sizes_e: Int32[Array, "e"] | None) -> Int32[Array, "e"]:
-    """Sizes of groups as C++ takes them: an empty array for none."""
-    return jnp.zeros((0,), jnp.int32) if sizes_e is None else sizes_e
+def or_none(array: Shaped[Array, "..."] | None, dtype: Any) -> Shaped[Array, "..."]:
+    """As C++ takes what may be left out: a number for none. An empty array would be moved out of `jax.shard_map` where
+    a loop is differentiated, as it is the same in each turn, and come back cut over the mesh; and an empty array that
+    is cut ends the process in XLA's partitioner (jaxlib 0.11.2)."""
+    return jnp.zeros((), dtype) if array is None else array.astype(dtype)
 
 
 def int4_panel_product(
@@ -65,9 +67,9 @@ def int4_panel_product(
     rows, words = x_tk.shape[0], words_pco.shape[-2]
     out = jax.ShapeDtypeStruct((rows, words_pco.shape[-3] * PANEL), jnp.float32)
     laid = jax.ShapeDtypeStruct((rows, words * VALUES_A_WORD + scale_pgo.shape[-2]), jnp.float32)
-    zero = jnp.zeros((0,), jnp.bfloat16) if zero_pgo is None else zero_pgo
+    zero, sizes = or_none(zero_pgo, jnp.bfloat16), or_none(sizes_e, jnp.int32)
     call = jax.ffi.ffi_call(PREFIX + "int4_panel_product", (out, laid))
-    return call(x_tk, words_pco, scale_pgo, zero, or_none(sizes_e), group=np.int64(group))[0]
+    return call(x_tk, words_pco, scale_pgo, zero, sizes, group=np.int64(group))[0]
 
 
 def panel_product_at(
@@ -120,7 +122,7 @@ def int4_product(
     """`x (scale (w - zero))^T` for few rows, with two values a byte (the even input in the low half), and scales and
     zero points for groups of 32 or 128 inputs."""
     out = jax.ShapeDtypeStruct((x_tk.shape[0], w_nj.shape[0]), jnp.float32)
-    zero = jnp.zeros((0,), jnp.bfloat16) if zero_gn is None else zero_gn
+    zero = or_none(zero_gn, jnp.bfloat16)
     return jax.ffi.ffi_call(PREFIX + "int4_product", out)(x_tk, w_nj, scale_gn, zero, group=np.int64(group))
 
 
@@ -171,8 +173,9 @@ def attention(
         jax.ShapeDtypeStruct((b, t, n), jnp.float32),
     )
     call = jax.ffi.ffi_call(PREFIX + "attention", out, vmap_method="sequential")
+    given = (or_none(each, jnp.int32) for each in ids)
     attributes = mask_attributes(causal, scale, softcap, window)
-    y_btnw, lse_btn = call(q_btnh, k_bskh, v_bskw, *map(ids_or_none, ids), **attributes)
+    y_btnw, lse_btn = call(q_btnh, k_bskh, v_bskw, *given, **attributes)
     return y_btnw, lse_btn
 
 
@@ -186,17 +189,10 @@ def attention_backward(
     out = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q_btnh, k_bskh, v_bskw)]
     call = jax.ffi.ffi_call(PREFIX + "attention_backward", out, vmap_method="sequential")
     dq, dk, dv = call(
-        q_btnh, k_bskh, v_bskw, *map(ids_or_none, ids), dout_btnw, lse_btn, delta_btn,
+        q_btnh, k_bskh, v_bskw, *(or_none(each, jnp.int32) for each in ids), dout_btnw, lse_btn, delta_btn,
         **mask_attributes(causal, scale, softcap, window),
     )  # fmt: skip
     return dq, dk, dv
-
-
-def ids_or_none(ids: Int[Array, "b x"] | None) -> Int32[Array, "b x"] | Int32[Array, ""]:
-    """As C++ takes them: a number for none. An empty array would be moved out of `jax.shard_map` where a loop is
-    differentiated, as it is the same in each turn, and come back cut over the mesh: an empty array that is cut ends
-    the process in XLA's partitioner (jaxlib 0.11.2)."""
-    return jnp.zeros((), jnp.int32) if ids is None else ids.astype(jnp.int32)
 
 
 def mask_attributes(causal: bool, scale: float, softcap: float | None, window: int | None) -> dict[str, Any]:
@@ -215,15 +211,14 @@ def paged_attention(
 ) -> tuple[Float32[Array, "b t n h"], Float32[Array, "b t n"]]:  # fmt: skip
     """The last `t` positions of each sequence over its pages, and the log-sum-exp of their logits. `splits` 0: pieces
     that begin at the same positions whatever the length."""
-    none = jnp.zeros((0, 0, 0), jnp.float32)
+    k_scale, v_scale = (or_none(scale, jnp.float32) for scale in (k_scale, v_scale))
     out = (
         jax.ShapeDtypeStruct(q_btnh.shape, jnp.float32),
         jax.ShapeDtypeStruct(q_btnh.shape[:3], jnp.float32),
     )
     y_btnh, lse_btn = jax.ffi.ffi_call(PREFIX + "paged_attention", out)(
-        q_btnh, k_pages, v_pages, none if k_scale is None else k_scale, none if v_scale is None else v_scale,
-        table_bp, lengths_b, scale=np.float32(scale), softcap=np.float32(softcap or 0.0),
-        window=np.int64(window or 0), splits=np.int64(splits),
+        q_btnh, k_pages, v_pages, k_scale, v_scale, table_bp, lengths_b, scale=np.float32(scale),
+        softcap=np.float32(softcap or 0.0), window=np.int64(window or 0), splits=np.int64(splits),
     )  # fmt: skip
     return y_btnh, lse_btn
 

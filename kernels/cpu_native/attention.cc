@@ -232,7 +232,7 @@ T* numbers(ffi::AnyBuffer buffer) {
 }  // namespace
 
 // q [b, t, n, h], keys [b, s, k, h], values [b, s, k, w] in float32 or bfloat16; segments and positions [b, t], [b, s]
-// or a number for none: one document, indices. -> y [b, t, n, w], lse [b, t, n]
+// or none: one document, indices. -> y [b, t, n, w], lse [b, t, n]
 static ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                             Ids q_segments, Ids kv_segments, Ids q_positions, Ids kv_positions,
                             ffi::Result<ffi::AnyBuffer> y, ffi::ResultBuffer<ffi::F32> lse, bool causal, float scale,

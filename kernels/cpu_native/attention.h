@@ -109,8 +109,6 @@ class Sight {
   static Ints wide(const std::vector<int32_t>& of, int64_t at) { return *reinterpret_cast<const Ints*>(&of[at]); }
   int64_t whole_queries() const { return c_.query_blocks() * c_.queries_a_block(); }
 
-  static bool given(Ids ids) { return ids.dimensions().size() == 2; }
-
   // Ids [b, size] or none (indices), filled up to whole blocks, and the span of each block.
   void lay(Ids ids, int64_t size, int64_t block, std::vector<int32_t>* to, std::vector<Span>* spans) const {
     int64_t blocks = blocks_of(size, block), whole = blocks * block;

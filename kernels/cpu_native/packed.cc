@@ -221,7 +221,7 @@ static ffi::Error Int4PanelProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x
   int64_t rows = x.dimensions()[0], k = x.dimensions()[1], last = shape.size() - 3;
   Int4 s{rows, shape[last + 1], scale.dimensions()[last + 1], shape[last]};
   const auto* scales = reinterpret_cast<const Bf16*>(scale.untyped_data());
-  const auto* zeros = zero.element_count() > 0 ? reinterpret_cast<const Bf16*>(zero.untyped_data()) : nullptr;
+  const auto* zeros = given(zero) ? reinterpret_cast<const Bf16*>(zero.untyped_data()) : nullptr;
   const float* from = x.typed_data();
   float *to = laid->typed_data(), *yp = y->typed_data();
   deal(pool, (rows + kLaidAtOnce - 1) / kLaidAtOnce, [=](int64_t i) {
@@ -237,7 +237,7 @@ static ffi::Error Int4PanelProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x
     else
       int4_product<128>(pool, part, to + start * s.laid(), m, yp + start * s.n());
   };
-  if (sizes.element_count() > 0)
+  if (given(sizes))
     each_group(sizes.typed_data(), shape[0], rows, s.n(), yp, one);
   else
     one(0, 0, rows);

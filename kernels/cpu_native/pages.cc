@@ -462,7 +462,7 @@ void attend(ffi::ThreadPool& pool, const Shape& s, const Pages& pages, const flo
 }  // namespace
 
 // q [b, t, n, h] of the last t positions of each sequence; keys [P, k, page, h] and values [P, k, h, page] in float32,
-// bfloat16, int8 or two int4 a byte, their scales [P, k, page] or [0]; table [b, entries]; lengths [b]
+// bfloat16, int8 or two int4 a byte, their scales [P, k, page] or none; table [b, entries]; lengths [b]
 // -> y [b, t, n, h], lse [b, t, n]
 static ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys,
                                  ffi::AnyBuffer values, ffi::Buffer<ffi::F32> key_scale,
@@ -472,7 +472,7 @@ static ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, 
                                  int64_t splits) {
   auto qd = q.dimensions(), kd = keys.dimensions();
   Shape s{qd[0], qd[1], kd[1], qd[2] / kd[1], qd[3], kd[2], kd[0], table.dimensions()[1], window, scale, softcap};
-  bool scaled = key_scale.element_count() > 0;
+  bool scaled = given(key_scale);
   Pages pages{keys.untyped_data(), values.untyped_data(), scaled ? key_scale.typed_data() : nullptr,
               scaled ? value_scale.typed_data() : nullptr, table.typed_data(), lengths.typed_data()};
   auto run = [&](auto number) {

@@ -137,8 +137,8 @@ static ffi::Error product_with(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> x, f
 static ffi::Error PanelProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
                                ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> sizes,
                                ffi::ResultBuffer<ffi::F32> y) {
-  return product_with(pool, x, w, 0, scale.element_count() > 0 ? scale.typed_data() : nullptr,
-                      sizes.element_count() > 0 ? sizes.typed_data() : nullptr, y);
+  return product_with(pool, x, w, 0, given(scale) ? scale.typed_data() : nullptr,
+                      given(sizes) ? sizes.typed_data() : nullptr, y);
 }
 
 // The same with one of many matrices, which are not copied: w [l, n / 16, k, 16], at [].

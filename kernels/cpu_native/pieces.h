@@ -43,6 +43,12 @@ inline float value_of(Bf16 x) {
   return value;
 }
 
+// Whether an array that may be left out is there: a number stands for none.
+template <typename Buffer>
+inline bool given(const Buffer& array) {
+  return array.dimensions().size() > 0;
+}
+
 // kLanes int8 as int32.
 inline Ints ints(const int8_t* p) {
 #if defined(__AVX512F__)

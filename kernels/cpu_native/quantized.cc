@@ -224,7 +224,7 @@ void int4_pieces(ffi::ThreadPool& pool, Int4 s, const float* x, const uint8_t* w
 
 }  // namespace
 
-// x [t, k], w [n, ceil(k / 2)] with two values a byte, scale [ceil(k / group), n], zero the same or [0]
+// x [t, k], w [n, ceil(k / 2)] with two values a byte, scale [ceil(k / group), n], zero the same or none
 // -> y [t, n] = x ((w - zero) scale)^T
 static ffi::Error Int4Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> w,
                               ffi::Buffer<ffi::BF16> scale, ffi::Buffer<ffi::BF16> zero,
@@ -233,7 +233,7 @@ static ffi::Error Int4Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi
   Int4 s{rows, k, n, (k + kChunk - 1) / kChunk, (k + 1) / 2, 0, 0, 0};
   const auto* sp = reinterpret_cast<const Bf16*>(scale.untyped_data());
   const auto* zp = reinterpret_cast<const Bf16*>(zero.untyped_data());
-  bool zeros = zero.element_count() > 0;
+  bool zeros = given(zero);
   auto run = [&](auto of_group) {
     constexpr int kGroup = decltype(of_group)::value;
     if (zeros)
