@@ -168,7 +168,8 @@ def rows(
     def at_w(n, v, k, group, *_):
         return (group[v], n, k) if transposed else (group[v], k, n)
 
-    arrays, specs = [w], [pl.BlockSpec((None, bn, bk) if transposed else (None, bk, bn), at_w)]
+    arrays: list[Any] = [w]
+    specs = [pl.BlockSpec((None, bn, bk) if transposed else (None, bk, bn), at_w)]
     if quantized:
         each = bk // w.group if w.group != w.inputs else 1
         # The groups of a tile's inputs are a dimension of their own: they need not be a multiple of 8.

@@ -200,6 +200,22 @@ def test_tpu_rows_get_the_matrices_and_scales_of_their_layer_in_a_stack_without_
     no_races(capfd)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_the_gradient_of_rows_of_a_stack_is_that_of_their_layer(kind):
+    x, dy, sizes = drawn(ROWS, 128), drawn(ROWS, 256, seed=2), jnp.asarray(SIZES)
+    w = drawn(6, 128, 256, seed=1) if kind == "bfloat16" else packed(kind, 6, 256, 128)
+    meant = by_loop(dy, w, SIZES, True) if kind == "bfloat16" else by_loop(dy, unpacked(w), SIZES)
+    stack = jax.tree.map(lambda a: alone(a, 2), w)
+
+    def back(x, stack, first):
+        return jax.vjp(lambda x: grouped_matmul(x, stack, sizes, first=first), x)[1](dy)[0]
+
+    with compiling_for(Chip("tpu", "v6e")), pltpu.force_tpu_interpret_mode(CAREFUL):
+        # Weights are made bfloat16 for this.
+        assert_close(back(x, stack, jnp.int32(12)), meant, more=0 if kind == "bfloat16" else 2**-8)
+
+
 @pytest.mark.parametrize(
     ("kind", "inputs", "tile", "in_place"),
     [

@@ -93,10 +93,10 @@ def test_experts_in_their_stack_over_devices_are_those_of_one(mesh):
         x, *others = (place(array, *tokens) for array in operands)
         stacks = place(inner, *first), place(up, *first), place(last, *second)
 
-        def run(layer, x, *arrays):
-            in_stack = [OfStack(stack, layer) for stack in arrays[2:]]
+        def run(layer, x, chosen, weights, *stacks):
+            in_stack = [OfStack(stack, layer) for stack in stacks]
             assert all(isinstance(settled(w, x), OfStack) == (mesh.tensor == 2) for w in in_stack)
-            return run_experts(x, *arrays[:2], Experts(*in_stack), CONFIG)
+            return run_experts(x, chosen, weights, Experts(*in_stack), CONFIG)
 
         found = jax.jit(run)(jnp.int32(2), x, *others, *stacks)
     np.testing.assert_allclose(np.asarray(found), wanted, rtol=1e-5, atol=1e-5)
