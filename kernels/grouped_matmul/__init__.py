@@ -15,6 +15,8 @@ from maxstack.kernels.quantized_matmul.weight import QuantizedWeight
 from maxstack.kernels.sharded import explicit_mesh, varying, varying_over
 
 NAME = "grouped_matmul"
+IN_STACK = ("mosaic_tpu", "mosaic_gpu")
+"""Backends that may read a stack where it lies."""
 Implementation = Literal["auto", "mosaic_tpu", "mosaic_gpu", "cpu_native", "xla", "reference"]
 
 
@@ -38,8 +40,9 @@ def grouped_matmul(
     one matrix [outputs, inputs] a group; they are frozen, and the gradient is that of `x_td`.
 
     There are as many matrices as groups. Or more, a stack of many layers': group 0 then has that of number `first`, and
-    so on (a number past the last that fits is that one). The kernel for TPUs reads a stack where it lies; elsewhere the
-    matrices are cut out. They are frozen: TypeError for who asks for their gradient.
+    so on (a number past the last that fits is that one). The kernel for TPUs reads a stack where it lies, that for
+    Hopper one of few bits; elsewhere the matrices are cut out. They are frozen: TypeError for who asks for their
+    gradient.
 
     Works on local arrays: on a mesh with explicit axes call it inside `jax.shard_map`. Raises ValueError for shapes
     that disagree, TypeError for dtypes, Unsupported for arrays on such a mesh and when the named implementation
@@ -70,7 +73,7 @@ def _of_stack(
     """The weight as the backend `taken` takes it, and where the groups begin in it; None: it is cut out."""
     w = w if isinstance(w, QuantizedWeight) else _frozen(w)
     first = jnp.clip(first, 0, w.shape[0] - groups)
-    if taken == "mosaic_tpu" and BACKENDS[taken].in_place(x_td, w, groups):
+    if taken in IN_STACK and BACKENDS[taken].in_place(x_td, w, groups):
         return w, first
     return part(w, first, groups), None
 
@@ -82,8 +85,8 @@ def _frozen(w: Array) -> Array:
 
 def _refused(w: Array) -> tuple[Array, None]:
     raise TypeError(
-        f"grouped_matmul: w {w.shape} is a stack, in which `first` says where groups begin, and has no gradient; cut the "
-        "groups' matrices out of it and leave `first` out"
+        f"grouped_matmul: w {w.shape} is a stack, in which `first` says where groups begin, and has no gradient; cut "
+        "the groups' matrices out of it and leave `first` out"
     )
 
 
@@ -154,8 +157,10 @@ def _check_first(first: jax.Array, groups: int, matrices: int) -> None:
         raise ValueError(
             f"grouped_matmul: {groups} group sizes and a stack of {matrices} matrices; it must hold one for each group"
         )
-    if first.ndim or not jnp.issubdtype(first.dtype, jnp.integer):
-        raise TypeError(f"grouped_matmul: first must be one integer, not {first.dtype} {first.shape}")
+    if jnp.ndim(first) or not jnp.issubdtype(jnp.result_type(first), jnp.integer):
+        raise TypeError(
+            f"grouped_matmul: first must be one integer, not {jnp.result_type(first)} {jnp.shape(first)}"
+        )
 
 
 def _check_quantized(w: QuantizedWeight) -> None:

@@ -27,7 +27,7 @@ BACKENDS: dict[str, Any] = {
 def product(
     taken: str, x_td: Array, w: Array | QuantizedWeight, group_sizes_e: Array, first: Array | None
 ) -> Array:
-    """The product by the backend `taken`, of at least one row. With `first`, which is for TPUs, `w` is a stack."""
+    """The product by the backend `taken`, of at least one row. With `first` it reads a stack in place."""
     return BACKENDS[taken].rows(x_td, w, group_sizes_e, **_in_stack(first))
 
 

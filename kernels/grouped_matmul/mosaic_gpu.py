@@ -68,6 +68,16 @@ def declined(x_td: Array, w: Array | QuantizedWeight) -> str | None:
     return None
 
 
+def in_place(x_td: Array, w: Array | QuantizedWeight, groups: int) -> bool:
+    """Whether `rows` reads a stack where it lies. A slice of bfloat16 XLA makes no copy for, one of int4 it does."""
+    return isinstance(w, QuantizedWeight) and as_kept(x_td, groups)
+
+
+def as_kept(x_td: Array, groups: int) -> bool:
+    """Whether rows are multiplied with weights of few bits as they are kept."""
+    return x_td.shape[0] <= mosaic_gpu_quantized.WORTH_ROWS * groups
+
+
 def tiles_for(rows: int, groups: int, outputs: int) -> Tiles:
     """Small tiles where groups have few rows: the matrix is then all that is read, by as many blocks as can be."""
     few = rows < FEW_ROWS * groups
@@ -82,13 +92,13 @@ def shared(stages: int, *shape: int) -> Any:
 
 def rows(
     x_td: Float[Array, "t d"], w: Array | QuantizedWeight, group_sizes_e: Int[Array, "e"], transposed: bool = False,
-    *, tiles: Tiles | None = None,
+    *, first: Int[Array, ""] | None = None, tiles: Tiles | None = None,
 ) -> Float[Array, "t f"]:  # fmt: skip
     """Each row times the matrix of its group (`w` is [e, f, d] if `transposed` or quantized); rows of no group
-    give 0."""
+    give 0. With `first` it is a stack that is read `in_place`."""
     if isinstance(w, QuantizedWeight):
-        if x_td.shape[0] <= mosaic_gpu_quantized.WORTH_ROWS * len(group_sizes_e):
-            return mosaic_gpu_quantized.rows(x_td, w, group_sizes_e)
+        if as_kept(x_td, len(group_sizes_e)):
+            return mosaic_gpu_quantized.rows(x_td, w, group_sizes_e, first=first)
         w, transposed = whole(w, x_td.dtype), True
     w_edf = w
     (count, d), f = x_td.shape, w_edf.shape[1 if transposed else 2]

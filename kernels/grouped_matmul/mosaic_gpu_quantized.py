@@ -36,21 +36,25 @@ WORTH_ROWS = 256
 
 
 def rows(
-    x_td: Float[Array, "t d"], w: QuantizedWeight, group_sizes_e: Int[Array, "e"], *, through_memory: bool = False
+    x_td: Float[Array, "t d"], w: QuantizedWeight, group_sizes_e: Int[Array, "e"],
+    *, first: Int[Array, ""] | None = None, through_memory: bool = False,
 ) -> Float[Array, "t f"]:  # fmt: skip
-    """Each row times the matrix of its group; rows of no group give 0. `through_memory` takes the weights to `wgmma`
+    """Each row times the matrix of its group; rows of no group give 0. With `first` there are more matrices, and it is
+    the number of group 0's. `through_memory` takes the weights to `wgmma`
     by way of shared memory, for the interpreter, which knows no operands in registers; nothing else differs."""
     count, groups = x_td.shape[0], len(group_sizes_e)
     mean = -(-count // groups)
     # A group may begin up to seven rows behind its tile.
     size = min(MOST_ROWS, max(FEWEST_ROWS, 1 << (mean + EIGHT - 2).bit_length()))
     spans = own_tiles(group_sizes_e, count, size)
+    if first is not None:
+        spans = spans._replace(group_v=spans.group_v + first)
     x_td = ordered(jnp.pad(x_td, ((0, -count % 8), (0, 0))), w.bits)
     steps = w.inputs // INPUTS
     stages = min(STAGES, steps)
     grouped = w.group != w.inputs
     each = INPUTS // w.group if grouped else 1
-    scales = w.scale.reshape(groups, -1, each, w.outputs)
+    scales = w.scale.reshape(w.shape[0], -1, each, w.outputs)
     body = functools.partial(_block, size=size, steps=steps, stages=stages, each=each, grouped=grouped)
     swizzle = INPUTS * w.bits // 8
     w_transforms = (plgpu.TilingTransform((8, swizzle * 8 // w.bits)), plgpu.SwizzleTransform(swizzle))

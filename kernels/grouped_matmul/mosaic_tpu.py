@@ -91,14 +91,21 @@ def row_tiles(rows: int, groups: int, itemsize: int) -> tuple[int, int]:
 
 
 def cut(size: int, most: int, unit: int = LANES) -> int:
-    """The largest multiple of `unit`, or else of the lanes, that divides a size and is no more than `most`; or the size,
-    where none is."""
+    """The largest multiple of `unit`, or else of the lanes, that divides a size and is no more than `most`; or the
+    size, where none is."""
     fitting = (n for step in (unit, LANES) for n in range(most // step * step, 0, -step) if size % n == 0)
     return size if size <= most else next(fitting, size)
 
 
 def tiles_for(
-    rows: int, groups: int, inputs: int, outputs: int, w_bits: int, itemsize: int, vmem: int, unit: int = LANES
+    rows: int,
+    groups: int,
+    inputs: int,
+    outputs: int,
+    w_bits: int,
+    itemsize: int,
+    vmem: int,
+    unit: int = LANES,
 ) -> Tiles:
     """All inputs at a time where the matrix of a group, in columns wide enough, fits twice: then it is fetched once.
     Of packed weights, which are widened in code for each group of inputs, no more than MOST_PACKED_INPUTS; a multiple
@@ -126,8 +133,8 @@ def tiles_of(x_td: Array, w: Array | QuantizedWeight, groups: int, transposed: b
 
 
 def in_place(x_td: Array, w: Array | QuantizedWeight, groups: int) -> bool:
-    """Whether `rows` reads a stack where it lies. Scales of fewer than eight groups to a tile it has moved before: those
-    of the groups alone are better."""
+    """Whether `rows` reads a stack where it lies. Where a tile of inputs is no whole run of eight groups, scales are
+    copied first, and then those of one layer are enough."""
     if not isinstance(w, QuantizedWeight) or w.group == w.inputs:
         return True
     inputs = tiles_of(x_td, w, groups, transposed=True).inputs
@@ -161,7 +168,8 @@ def rows(
     def at_w(n, v, k, group, *_):
         return (group[v], n, k) if transposed else (group[v], k, n)
 
-    arrays, specs = [w], [pl.BlockSpec((None, bn, bk) if transposed else (None, bk, bn), at_w)]
+    arrays: list[Any] = [w]
+    specs = [pl.BlockSpec((None, bn, bk) if transposed else (None, bk, bn), at_w)]
     if quantized:
         each = bk // w.group if w.group != w.inputs else 1
         # The groups of a tile's inputs are a dimension of their own: they need not be a multiple of 8.
@@ -193,7 +201,9 @@ def rows(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_bytes()
         ),
-        cost_estimate=_cost(2 * x_td.size * f, (x_td,) * (f // bn), own, x_td.shape[0] * f * x_td.dtype.itemsize),
+        cost_estimate=_cost(
+            2 * x_td.size * f, (x_td,) * (f // bn), own, x_td.shape[0] * f * x_td.dtype.itemsize
+        ),
         interpret=interpret,
         name="grouped_matmul",
     )(*_scalars(visits, visits.real_v), x_td, *arrays)

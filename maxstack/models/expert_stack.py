@@ -1,4 +1,4 @@
-"""Experts of one layer in the stack of all layers', where the kernel for TPUs reads them; see `panel_stack`."""
+"""Experts of one layer in the stack of all layers', where kernels read them; see `panel_stack`."""
 
 from typing import Any, NamedTuple
 
@@ -23,9 +23,7 @@ class OfStack(NamedTuple):
 
     def one(self) -> Float[Array, "e d f"] | QuantizedWeight:
         """The layer's own, cut out."""
-        return jax.tree.map(
-            lambda a: jax.lax.dynamic_index_in_dim(a, self.layer, keepdims=False), self.stack
-        )
+        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, self.layer, keepdims=False), self.stack)
 
     def times(self, x_rd: Float[Array, "r d"], sizes_e: Int[Array, "e"]) -> Float[Array, "r f"]:
         """Rows, sorted by expert, times their expert's matrix."""

@@ -83,6 +83,34 @@ def test_borders_between_groups_and_blocks_are_where_the_sizes_say(implementatio
     assert_equal_to_loop(ours(*as_jax(x, w, sizes, dy), implementation), x, w, sizes, dy)
 
 
+@jax.jit(static_argnames="implementation")
+def of_stack(x, w, sizes, first, dy, implementation):
+    """(y, dx)."""
+    y, pull = jax.vjp(lambda x: grouped_matmul(x, w, sizes, first=first, implementation=implementation), x)
+    return y, *pull(dy)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_groups_of_a_stack_have_the_matrices_from_the_first_on(implementation):
+    sizes = [7, 0, 8, 9, 0, 16]
+    x, w, dy = drawn(41, 3 * len(sizes))
+    arrays = as_jax(x, w, sizes, dy)
+    for first in (0, 6, 12, 99):  # of the last layer; beyond it there is none
+        y, dx = of_stack(*arrays[:3], jnp.int32(first), arrays[3], implementation)
+        at = min(first, 12)
+        meant = by_loop(x, w[at : at + 6], sizes, dy)
+        np.testing.assert_allclose(y, meant[0], **CLOSE)
+        np.testing.assert_allclose(dx, meant[1], **CLOSE)
+
+
+def test_the_gradient_by_a_stack_is_refused():
+    x, w, dy = drawn(8, 6)
+    x, w, sizes, _ = as_jax(x, w, [3, 0, 5], dy)
+    loss = lambda w: jnp.sum(grouped_matmul(x, w, sizes, first=jnp.int32(3)))  # noqa: E731
+    with pytest.raises(TypeError, match=r"w \(6, 5, 7\) is a stack.*leave `first` out"):
+        jax.grad(loss)(w)
+
+
 @pytest.mark.parametrize(("rows", "sizes"), EDGES, ids=str)
 def test_the_form_for_the_cpu_equals_the_form_for_other_platforms(rows, sizes):
     x, w, dy = drawn(rows, len(sizes))
@@ -261,6 +289,20 @@ def test_shapes_that_disagree_are_refused_with_the_numbers(name):
     x, w, sizes, error, words = REFUSED[name]
     with pytest.raises(error, match=words):
         grouped_matmul(jnp.ones(x), jnp.ones(w), jnp.ones(sizes, jnp.int32))
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize(
+    ("matrices", "first", "error", "words"),
+    [
+        (3, jnp.int32(0), ValueError, "4 group sizes and a stack of 3 matrices"),
+        (8, jnp.float32(4), TypeError, "first must be one integer, not float32"),
+        (8, jnp.zeros(1, jnp.int32), TypeError, r"first must be one integer, not int32 \(1,\)"),
+    ],
+)
+def test_a_stack_that_does_not_fit_is_refused_with_the_numbers(matrices, first, error, words):
+    with pytest.raises(error, match=words):
+        grouped_matmul(jnp.ones((8, 5)), jnp.ones((matrices, 5, 7)), jnp.ones(4, jnp.int32), first=first)
 
 
 @pytest.mark.usefixtures("no_shape_checks")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from maxstack.kernels.dispatch import chip_of, compiling_for
+from maxstack.kernels.dispatch import Chip, chip_of, compiling_for
 from maxstack.kernels.grouped_matmul import (
     grouped_matmul,
     mosaic_gpu,
@@ -175,6 +175,67 @@ def test_tpu_rows_times_packed_weights_without_races(kind, capfd):
     no_races(capfd)
 
 
+def alone(w, layer: int):
+    """A stack of three layers of which the others hold NaN, or what is wrong where there is none."""
+    blank = jnp.nan if jnp.issubdtype(w.dtype, jnp.floating) else 1
+    return jnp.concatenate([w if at == layer else jnp.full_like(w, blank) for at in range(3)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [
+        ("int4-g32", 2),
+        *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in ("bfloat16", "int8", "int4-g128")),
+    ],
+)
+def test_tpu_rows_get_the_matrices_and_scales_of_their_layer_in_a_stack_without_races(kind, layer, capfd):
+    x = with_nan_outside(drawn(ROWS, 256), SIZES)
+    w = drawn(6, 256, 256, seed=1) if kind == "bfloat16" else packed(kind, 6, 256, 256)
+    meant = by_loop(x, w, SIZES) if kind == "bfloat16" else by_loop(x, unpacked(w), SIZES, True)
+    tiles = mosaic_tpu.Tiles(32, 16, 128, 256 if kind == "int4-g128" else 128)
+    stack = jax.tree.map(lambda a: alone(a, layer), w)
+    first = jnp.int32(6 * layer)
+    y = mosaic_tpu.rows(x, stack, jnp.asarray(SIZES), first=first, tiles=tiles, interpret=CAREFUL)
+    assert_close(y, meant, more=2**-8 if kind == "int4-g32" else 0)
+    no_races(capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_the_gradient_of_rows_of_a_stack_is_that_of_their_layer(kind):
+    x, dy, sizes = drawn(ROWS, 128), drawn(ROWS, 256, seed=2), jnp.asarray(SIZES)
+    w = drawn(6, 128, 256, seed=1) if kind == "bfloat16" else packed(kind, 6, 256, 128)
+    meant = by_loop(dy, w, SIZES, True) if kind == "bfloat16" else by_loop(dy, unpacked(w), SIZES)
+    stack = jax.tree.map(lambda a: alone(a, 2), w)
+
+    def back(x, stack, first):
+        return jax.vjp(lambda x: grouped_matmul(x, stack, sizes, first=first), x)[1](dy)[0]
+
+    with compiling_for(Chip("tpu", "v6e")), pltpu.force_tpu_interpret_mode(CAREFUL):
+        # Weights are made bfloat16 for this.
+        assert_close(back(x, stack, jnp.int32(12)), meant, more=0 if kind == "bfloat16" else 2**-8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "tile", "in_place"),
+    [
+        ("int4-g128", 7168, 1024, True),
+        ("int4-g128", 2816, 1408, False),
+        ("int4-g128", 768, 768, True),
+        ("int8", 2816, 1408, True),
+    ],
+)
+def test_scales_are_read_in_whole_runs_of_eight_groups_or_a_layer_is_cut_out(kind, inputs, tile, in_place):
+    found = []
+
+    def ask(x, w):
+        found.append((mosaic_tpu.tiles_of(x, w, 4, True).inputs, mosaic_tpu.in_place(x, w, 4)))
+
+    with compiling_for(Chip("tpu", "v6e")):
+        jax.eval_shape(ask, shape(64, inputs), packed_shape(kind, 12, 2048, inputs))
+    assert found == [(tile, in_place)]
+
+
 def interpreted(function, *arguments):
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         return jax.block_until_ready(function(*arguments))
@@ -208,6 +269,8 @@ def test_hopper_rows_times_packed_weights_without_races(kind, capfd):
     x, w, sizes = drawn(24, 256), packed(kind, 3, 128, 256), [9, 0, 10]
     rows = functools.partial(mosaic_gpu_quantized.rows, through_memory=True)
     assert_close(interpreted(rows, x, w, jnp.asarray(sizes)), by_loop(x, unpacked(w), sizes, True))
+    stack, rows = jax.tree.map(lambda a: alone(a, 2), w), functools.partial(rows, first=jnp.int32(6))
+    assert_close(interpreted(rows, x, stack, jnp.asarray(sizes)), by_loop(x, unpacked(w), sizes, True))
     no_races(capfd)
 
 
@@ -259,6 +322,52 @@ def test_tpu_programs_of_packed_weights_hold_no_whole_weight():
     compiled = decoding("v5e", "Qwen3-30B-A3B", 64, "int4-g128")
     assert kernels_of(compiled)
     assert compiled.memory_analysis().temp_size_in_bytes < 128 * 2048 * 768 // 2
+
+
+def layers_of_experts(chip: str, kind: str, rows: int):
+    """A loop over three layers with 16 experts each, which lie in one stack."""
+    e, d, f = 16, 2048, 768
+    up, down = (
+        shape(3 * e, *sizes) if kind == "bfloat16" else packed_shape(kind, 3 * e, *sizes[::-1])
+        for sizes in ((d, f), (f, d))
+    )
+
+    def run(x, up, down, sizes):
+        def layer(x, number):
+            return x + grouped_matmul(
+                grouped_matmul(x, up, sizes, first=number * e), down, sizes, first=number * e
+            ), None
+
+        return jax.lax.scan(layer, x, jnp.arange(3))[0]
+
+    return compiled_for(chip, run, shape(rows, d), up, down, shape(e, dtype=jnp.int32))
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("chip", "kind"),
+    [
+        pytest.param(chip, kind, marks=[] if (chip, kind) == ("v6e", "int4-g32") else pytest.mark.slow)
+        for chip in TPUS
+        for kind in ("bfloat16", *KINDS)
+    ],
+)
+def test_tpu_programs_copy_no_experts_out_of_the_stack_of_all_layers(chip, kind):
+    compiled = layers_of_experts(chip, kind, 64)
+    assert kernels_of(compiled)
+    assert "[48," in str(compiled.as_text())
+    # Neither cut out nor fetched as a whole, scales neither.
+    whole = r"= (s4|s8|bf16|f32)\[(1,|3,)?(16|48),\d+,[\d,]+\]\S*S\(1\)"
+    assert not re.search(whole, str(compiled.as_text()))
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**21
+
+
+@needs_cuda_compiler
+@pytest.mark.slow
+def test_hopper_programs_copy_no_packed_experts_out_of_the_stack_of_all_layers():
+    compiled = layers_of_experts("h200", "int4-g32", 64)
+    assert kernels_of(compiled)
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**21
 
 
 @pytest.mark.slow

@@ -78,6 +78,24 @@ def test_the_gradient_is_that_of_the_rows_and_the_weight_is_frozen(implementatio
     assert_close(jax.jit(jax.grad(loss))(x), by_loop(dy, by_input.swapaxes(1, 2), sizes))
 
 
+@pytest.mark.parametrize("implementation", HERE)
+def test_groups_of_a_stack_have_the_matrices_and_scales_from_the_first_on(implementation):
+    w, by_input = example("int4-g32", 40)
+    x, dy, sizes = drawn(7, 40), drawn(7, OUTPUTS, seed=2), jnp.asarray([3, 0, 2])
+
+    @jax.jit
+    def both(x, w, first):
+        y, pull = jax.vjp(
+            lambda x: grouped_matmul(x, w, sizes, first=first, implementation=implementation), x
+        )
+        return y, *pull(jnp.asarray(dy))
+
+    for first in (0, 2):
+        y, dx = both(jnp.asarray(x), w, jnp.int32(first))
+        assert_close(y, by_loop(x, by_input[first:], [3, 0, 2]))
+        assert_close(dx, by_loop(dy, by_input[first:].swapaxes(1, 2), [3, 0, 2]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_form_for_other_platforms_equals_a_loop(kind):
     w, by_input = example(kind, 256)
