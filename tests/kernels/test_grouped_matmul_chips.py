@@ -364,7 +364,7 @@ def test_tpu_programs_copy_no_experts_out_of_the_stack_of_all_layers(chip, kind)
     types = {"int8": "s8", "int4-g128": "s4"}.get(kind, "s4|bf16")
     moved = rf"= (?:{types})\[(?:1,|3,)?(?:16|48),\d+,[\d,]+\]\S* (?!bitcast|parameter|get-tuple)[\w-]+\("
     assert not re.findall(moved, str(compiled.as_text()))
-    assert compiled.memory_analysis().temp_size_in_bytes < 2**21
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**22  # a third of a matrix in 4 bits
 
 
 @needs_cuda_compiler
@@ -372,7 +372,7 @@ def test_tpu_programs_copy_no_experts_out_of_the_stack_of_all_layers(chip, kind)
 def test_hopper_programs_copy_no_packed_experts_out_of_the_stack_of_all_layers():
     compiled = layers_of_experts("h200", "int4-g32", 64)
     assert kernels_of(compiled)
-    assert compiled.memory_analysis().temp_size_in_bytes < 2**21
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**22  # a third of a matrix in 4 bits
 
 
 @pytest.mark.slow
