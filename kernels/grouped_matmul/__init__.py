@@ -15,8 +15,6 @@ from maxstack.kernels.quantized_matmul.weight import QuantizedWeight
 from maxstack.kernels.sharded import explicit_mesh, varying, varying_over
 
 NAME = "grouped_matmul"
-IN_STACK = ("mosaic_tpu", "mosaic_gpu")
-"""Backends that may read a stack where it lies."""
 Implementation = Literal["auto", "mosaic_tpu", "mosaic_gpu", "cpu_native", "xla", "reference"]
 
 
@@ -73,7 +71,7 @@ def _of_stack(
     """The weight as the backend `taken` takes it, and where the groups begin in it; None: it is cut out."""
     w = w if isinstance(w, QuantizedWeight) else _frozen(w)
     first = jnp.clip(first, 0, w.shape[0] - groups)
-    if taken in IN_STACK and BACKENDS[taken].in_place(x_td, w, groups):
+    if taken == "mosaic_tpu" or (taken == "mosaic_gpu" and BACKENDS[taken].in_place(x_td, w, groups)):
         return w, first
     return part(w, first, groups), None
 

@@ -132,13 +132,10 @@ def tiles_of(x_td: Array, w: Array | QuantizedWeight, groups: int, transposed: b
     return tiles_for(rows, groups, d, f, bits, itemsize, vmem_bytes(), unit)
 
 
-def in_place(x_td: Array, w: Array | QuantizedWeight, groups: int) -> bool:
-    """Whether `rows` reads a stack where it lies. Where a tile of inputs is no whole run of eight groups, scales are
-    copied first, and then those of one layer are enough."""
-    if not isinstance(w, QuantizedWeight) or w.group == w.inputs:
-        return True
-    inputs = tiles_of(x_td, w, groups, transposed=True).inputs
-    return inputs == w.inputs or inputs % (EIGHT * w.group) == 0
+def scale_lies(w: QuantizedWeight, inputs: int) -> bool:
+    """Whether the scales of a tile of inputs are read as they lie: whole runs of eight groups. Others XLA would copy,
+    and of a stack all, so that there the groups' own are cut out."""
+    return inputs % (EIGHT * w.group) == 0
 
 
 def product(a: Array, b: Array, contracted: tuple[int, int]) -> Array:
@@ -162,37 +159,49 @@ def rows(
     count = x_td.shape[0]
     x_td = jnp.pad(x_td, ((0, max(bt - count, 0)), (0, 0)))  # a larger array may end within its last tile
     visits = of_rows(group_sizes_e, count, bt)
-    if first is not None:
-        visits = visits._replace(group_v=visits.group_v + first)
+    scalars = _scalars(visits, visits.real_v)
+    # Read by the specs alone.
+    stack = [] if first is None else [jnp.reshape(first, (1,)).astype(jnp.int32)]
 
-    def at_w(n, v, k, group, *_):
-        return (group[v], n, k) if transposed else (group[v], k, n)
+    def at_w(n, v, k, *refs):
+        at = matrix(v, refs)
+        return (at, n, k) if transposed else (at, k, n)
+
+    def matrix(v, refs):
+        group, *_ = refs
+        return group[v] + refs[len(scalars)][0] if stack else group[v]
 
     arrays: list[Any] = [w]
     specs = [pl.BlockSpec((None, bn, bk) if transposed else (None, bk, bn), at_w)]
     if quantized:
         each = bk // w.group if w.group != w.inputs else 1
         # The groups of a tile's inputs are a dimension of their own: they need not be a multiple of 8.
-        scale = w.scale.reshape(w.shape[0], -1, each, f)
-        whole = w.group == w.inputs
-        arrays = [w.values, scale]
-        specs.append(
-            pl.BlockSpec(
-                (None, None, each, bn), lambda n, v, k, group, *_: (group[v], 0 if whole else k, 0, n)
-            )
-        )
+        whole, scale = w.group == w.inputs, w.scale
+        lies = scale_lies(w, bk)
+        if first is not None and not lies:
+            scale = jax.lax.dynamic_slice_in_dim(scale, first, groups)
+        arrays = [w.values, scale.reshape(scale.shape[0], -1, each, f)]
+
+        def at_scale(n, v, k, *refs):
+            return (matrix(v, refs) if lies else refs[0][v]), (0 if whole else k), 0, n
+
+        specs.append(pl.BlockSpec((None, None, each, bn), at_scale))
     own = [jax.ShapeDtypeStruct((groups, *a.shape[1:]), a.dtype) for a in arrays]
-    if first is not None and not interpret:  # else XLA may copy scales of all layers into VMEM
+    if stack and not interpret:  # else XLA may copy scales of all layers into VMEM
         arrays = [pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in arrays]
     steps = d // bk
-    body = functools.partial(_rows_kernel, part=tiles.part, steps=steps, multiply=_multiply(w, transposed))
+    kernel = functools.partial(_rows_kernel, part=tiles.part, steps=steps, multiply=_multiply(w, transposed))
+
+    def body(*refs):
+        kernel(*refs[: len(scalars)], *refs[len(scalars) + len(stack) :])
+
     y_tf = pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct(
             (x_td.shape[0], f), x_td.dtype, manual_axis_type=jax.typeof(x_td).manual_axis_type
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
+            num_scalar_prefetch=len(scalars) + len(stack),
             grid=(f // bn, visits.count, steps),
             in_specs=[pl.BlockSpec((bt, bk), lambda n, v, k, group, tile, *_: (tile[v], k)), *specs],
             out_specs=pl.BlockSpec((bt, bn), lambda n, v, k, group, tile, *_: (tile[v], n)),
@@ -206,7 +215,7 @@ def rows(
         ),
         interpret=interpret,
         name="grouped_matmul",
-    )(*_scalars(visits, visits.real_v), x_td, *arrays)
+    )(*scalars, *stack, x_td, *arrays)
     return y_tf[:count]
 
 

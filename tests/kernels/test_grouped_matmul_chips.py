@@ -217,23 +217,25 @@ def test_the_gradient_of_rows_of_a_stack_is_that_of_their_layer(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "inputs", "tile", "in_place"),
+    ("kind", "inputs", "tile", "lie"),
     [
         ("int4-g128", 7168, 1024, True),
         ("int4-g128", 2816, 1408, False),
-        ("int4-g128", 768, 768, True),
-        ("int8", 2816, 1408, True),
+        ("int4-g128", 768, 768, False),
+        ("int4-g32", 768, 768, True),
+        ("int8", 2816, 1408, False),
     ],
 )
-def test_scales_are_read_in_whole_runs_of_eight_groups_or_a_layer_is_cut_out(kind, inputs, tile, in_place):
+def test_scales_are_read_where_they_lie_in_whole_runs_of_eight_groups(kind, inputs, tile, lie):
     found = []
 
     def ask(x, w):
-        found.append((mosaic_tpu.tiles_of(x, w, 4, True).inputs, mosaic_tpu.in_place(x, w, 4)))
+        tiles = mosaic_tpu.tiles_of(x, w, 4, True)
+        found.append((tiles.inputs, mosaic_tpu.scale_lies(w, tiles.inputs)))
 
     with compiling_for(Chip("tpu", "v6e")):
         jax.eval_shape(ask, shape(64, inputs), packed_shape(kind, 12, 2048, inputs))
-    assert found == [(tile, in_place)]
+    assert found == [(tile, lie)]
 
 
 def interpreted(function, *arguments):
@@ -326,21 +328,23 @@ def test_tpu_programs_of_packed_weights_hold_no_whole_weight():
 
 def layers_of_experts(chip: str, kind: str, rows: int):
     """A loop over three layers with 16 experts each, which lie in one stack."""
-    e, d, f = 16, 2048, 768
-    up, down = (
-        shape(3 * e, *sizes) if kind == "bfloat16" else packed_shape(kind, 3 * e, *sizes[::-1])
-        for sizes in ((d, f), (f, d))
-    )
+    layers, e, d, f = 3, 16, 2048, 768
+
+    def stack(inputs: int, outputs: int):
+        one = shape(e, inputs, outputs) if kind == "bfloat16" else packed_shape(kind, e, outputs, inputs)
+        return jax.tree.map(lambda a: shape(layers, *a.shape, dtype=a.dtype), one)
 
     def run(x, up, down, sizes):
         def layer(x, number):
-            return x + grouped_matmul(
-                grouped_matmul(x, up, sizes, first=number * e), down, sizes, first=number * e
-            ), None
+            def times(x, w):
+                flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), w)
+                return grouped_matmul(x, flat, sizes, first=number * e)
 
-        return jax.lax.scan(layer, x, jnp.arange(3))[0]
+            return x + times(times(x, up), down), None
 
-    return compiled_for(chip, run, shape(rows, d), up, down, shape(e, dtype=jnp.int32))
+        return jax.lax.scan(layer, x, jnp.arange(layers))[0]
+
+    return compiled_for(chip, run, shape(rows, d), stack(d, f), stack(f, d), shape(e, dtype=jnp.int32))
 
 
 @needs_libtpu
@@ -356,10 +360,11 @@ def test_tpu_programs_copy_no_experts_out_of_the_stack_of_all_layers(chip, kind)
     compiled = layers_of_experts(chip, kind, 64)
     assert kernels_of(compiled)
     assert "[48," in str(compiled.as_text())
-    # Neither cut out nor fetched as a whole, scales neither.
-    whole = r"= (s4|s8|bf16|f32)\[(1,|3,)?(16|48),\d+,[\d,]+\]\S*S\(1\)"
-    assert not re.search(whole, str(compiled.as_text()))
-    assert compiled.memory_analysis().temp_size_in_bytes < 2**21
+    # Neither cut out nor fetched as a whole, and no scales that lie in whole runs of eight groups.
+    types = {"int8": "s8", "int4-g128": "s4"}.get(kind, "s4|bf16")
+    moved = rf"= (?:{types})\[(?:1,|3,)?(?:16|48),\d+,[\d,]+\]\S* (?!bitcast|parameter|get-tuple)[\w-]+\("
+    assert not re.findall(moved, str(compiled.as_text()))
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**22  # a third of a matrix in 4 bits
 
 
 @needs_cuda_compiler
@@ -367,7 +372,7 @@ def test_tpu_programs_copy_no_experts_out_of_the_stack_of_all_layers(chip, kind)
 def test_hopper_programs_copy_no_packed_experts_out_of_the_stack_of_all_layers():
     compiled = layers_of_experts("h200", "int4-g32", 64)
     assert kernels_of(compiled)
-    assert compiled.memory_analysis().temp_size_in_bytes < 2**21
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**22  # a third of a matrix in 4 bits
 
 
 @pytest.mark.slow
