@@ -1,5 +1,7 @@
-"""Commands run in this process, on a run of three steps."""
+"""Commands run in this process, on a run of three steps; and what other processes need."""
 
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +22,11 @@ def write_run_file(folder: Path, **changes) -> Path:
     return write_run(
         tiny_run(folder, steps=STEPS, mesh=MeshConfig(), checkpoint=kept, **changes), folder / "tiny.py"
     )
+
+
+def flags_for(devices: int) -> str:
+    """XLA_FLAGS of a process with so many devices, which compiles as quickly as this one (`tests/conftest.py`)."""
+    return re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
 
 
 def maxstack(*words: str | Path) -> int:

@@ -27,7 +27,12 @@ def _prepare_environment() -> None:
         raise RuntimeError("jax was imported before tests/conftest.py could set the number of devices")
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={DEVICES}".strip()
+        flags = f"{flags} --xla_force_host_platform_device_count={DEVICES}"
+    # XLA:CPU would set up a compiler of its own, MLIR with all its dialects, for each fused loop of a program: most of
+    # the time that tests take. Its older way of writing such loops is meant to give the same numbers.
+    if "xla_backend_extra_options" not in flags:
+        flags = f"{flags} --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    os.environ["XLA_FLAGS"] = flags.strip()
     # JAX_PLATFORMS=cuda pytest … runs the same tests on a GPU.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder()))

@@ -24,7 +24,7 @@ from maxstack.telemetry import Display, read_rows
 from maxstack.train import session
 from maxstack.train.run import EvaluationConfig
 from maxstack.train.stop import Stopped, StopRequest
-from tests.commands import STEPS, maxstack, refusal, write_run_file
+from tests.commands import STEPS, flags_for, maxstack, refusal, write_run_file
 from tests.train.runs import tiny_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,7 +160,7 @@ def test_a_signal_during_the_last_evaluation_saves_first_and_the_next_run_evalua
 
 
 def start(*words: str | Path, **options) -> subprocess.Popen:
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "XLA_FLAGS": flags_for(1), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "maxstack", *map(str, words)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **options)
 

@@ -19,6 +19,7 @@ from maxstack.sharding import MeshConfig
 from maxstack.telemetry import read_rows
 from maxstack.train.loop import train
 from maxstack.train.run import EvaluationConfig, RunConfig
+from tests.commands import flags_for
 from tests.train.runs import tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +45,7 @@ def start(run: RunConfig, folder: Path, *before: str, **settings: str) -> subpro
         "train",
         str(write_run(run, folder / "run_file.py")),
     ]
-    four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
+    four = {"XLA_FLAGS": flags_for(4), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, env={**os.environ, **four, **settings}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )  # fmt: skip

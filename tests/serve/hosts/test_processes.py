@@ -16,6 +16,7 @@ import pytest
 
 from maxstack.data.tokenizer import byte_tokenizer
 from maxstack.models.save import save
+from tests.commands import flags_for
 from tests.models.lora import write_adapter
 from tests.models.tiny import build
 from tests.serve.driven import CONFIG
@@ -51,7 +52,7 @@ class Served:
             *f"--max-length 64 --tensor {processes} --adapters {adapter}".split(), *options,
         ]  # fmt: skip
         settings = {
-            **os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "MAXSTACK_COMPILED_CACHE": str(cache),
+            **os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags_for(1), "MAXSTACK_COMPILED_CACHE": str(cache),
             "MAXSTACK_PROCESSES": str(processes), "MAXSTACK_COORDINATOR": coordinator,
         }  # fmt: skip
         self.said = [cache / f"said-{self.port}-{i}" for i in range(processes)]
