@@ -1,5 +1,6 @@
 """Every example of docs/extend.md runs: a page that is wrong is a failing test."""
 
+import contextlib
 import dataclasses
 import re
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from maxstack.config import UserError, plain
 from maxstack.models import families
+from tests.kernels.chips import as_users_compile
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "extend.md"
 
@@ -26,8 +28,10 @@ def run(text: str) -> dict:
     sys.modules[page.__name__] = page
     try:
         for line, source in examples(text):
-            # The blank lines let a traceback name the page's own line.
-            exec(compile("\n" * (line - 1) + source, str(PAGE), "exec"), vars(page))
+            # Gradients of a real model take longer by half-compiled programs than compiling them takes.
+            with as_users_compile() if "jax.grad(next_token_loss" in source else contextlib.nullcontext():
+                # The blank lines let a traceback name the page's own line.
+                exec(compile("\n" * (line - 1) + source, str(PAGE), "exec"), vars(page))
     finally:
         del sys.modules[page.__name__]
     return vars(page)
